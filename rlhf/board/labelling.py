@@ -18,7 +18,7 @@ from typing import Any
 from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.guard import ANNOTATE
-from rlhf.board.paths import NotHere, lies_inside, plain_name, stage_folder
+from rlhf.board.paths import NotHere, lies_inside, plain_name, run_directories, stage_folder
 from rlhf.labels.ledger import EXPORT_FILE, read_export
 from rlhf.labels.records import Export, Judgement
 from rlhf.labels.targets import page as label_page
@@ -62,16 +62,20 @@ class Annotator:
 
 def exports(runs: Path) -> list[Known]:
     """Every export of stage=label below `runs`, the newest first."""
-    found = [known for path in runs.glob(f"*/*/{EXPORT_FILE}") if (known := _known(path))]
+    found = []
+    for run, stage, folder in run_directories(runs):
+        known = _known(run, stage, folder / EXPORT_FILE)
+        if known is not None:
+            found.append(known)
     return sorted(found, key=lambda known: known.time, reverse=True)
 
 
-def _known(path: Path) -> Known | None:
+def _known(run: str, stage: str, path: Path) -> Known | None:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         return Known(
-            path.parent.parent.name,
-            path.parent.name,
+            run,
+            stage,
             str(header["id"]),
             str(header["title"]),
             str(header["kind"]),

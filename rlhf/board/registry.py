@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.board.paths import run_directories
 from rlhf.models.directories import ADAPTER_CONFIG
 from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.manifest import read_manifest
@@ -64,8 +65,8 @@ def models(runs: Path) -> list[Made]:
     """Every model of a finished stage below `runs`, the newest first."""
     judged = _evaluations(runs)
     found = []
-    for summary in runs.glob(f"*/*/{SUMMARY_FILE}"):
-        made = _made(summary)
+    for run, stage, folder in run_directories(runs):
+        made = _made(run, stage, folder, runs)
         if made is not None:
             lines = judged.get(made.path.resolve(), ())
             found.append(replace(made, judged=tuple(lines)))
@@ -77,11 +78,9 @@ def policies(runs: Path) -> list[Made]:
     return [made for made in models(runs) if not made.is_reward]
 
 
-def _made(summary: Path) -> Made | None:
+def _made(run: str, stage: str, stage_folder: Path, runs: Path) -> Made | None:
     """The model of a run; None where it left none, or can't be read."""
-    stage_folder = summary.parent
-    if stage_folder.parent.name.startswith("."):
-        return None
+    summary = stage_folder / SUMMARY_FILE
     content = _json(summary)
     name = content.get("model")
     if not isinstance(name, str) or not (stage_folder / name).is_dir():
@@ -90,20 +89,20 @@ def _made(summary: Path) -> Made | None:
     adapter = _json(path / ADAPTER_CONFIG)
     base = adapter.get("base_model_name_or_path")
     return Made(
-        run=stage_folder.parent.name,
-        stage=stage_folder.name,
+        run=run,
+        stage=stage,
         path=path,
         is_reward=is_classifier(path),
         is_adapter=bool(adapter),
         base=base if isinstance(base, str) else None,
         size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         time=summary.stat().st_mtime,
-        parents=tuple(_parents(stage_folder)),
+        parents=tuple(_parents(stage_folder, runs)),
         figures=_figures(content.get("metrics")),
     )
 
 
-def _parents(folder: Path) -> Iterator[Parent]:
+def _parents(folder: Path, runs: Path) -> Iterator[Parent]:
     manifest = read_manifest(folder) or {}
     for entry in manifest.get("parents", []):
         if not isinstance(entry, dict):
@@ -112,8 +111,10 @@ def _parents(folder: Path) -> Iterator[Parent]:
         origin = entry.get("from")
         if isinstance(origin, dict) and isinstance(origin.get("run"), str):
             made = (folder / origin["run"]).resolve()
-            if made.parent.parent == folder.parent.parent.resolve():
-                yield Parent(kind, path, made.parent.name, made.name)
+            root = runs.resolve()
+            parts = made.relative_to(root).parts if made.is_relative_to(root) else ()
+            if len(parts) > 1:
+                yield Parent(kind, path, "/".join(parts[:-1]), parts[-1])
                 continue
         yield Parent(kind, path)
 
@@ -142,8 +143,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _evaluations(runs: Path) -> dict[Path, list[Judged]]:
     """What each stage=eval said, by the directory of the model that it had as `after`."""
     out: dict[Path, list[Judged]] = {}
-    for summary in runs.glob(f"*/*/{SUMMARY_FILE}"):
-        content = _json(summary)
+    for run, stage, folder in run_directories(runs):
+        content = _json(folder / SUMMARY_FILE)
         metrics = content.get("metrics")
         if content.get("stage") != "eval" or not isinstance(metrics, dict):
             continue
@@ -153,8 +154,8 @@ def _evaluations(runs: Path) -> dict[Path, list[Judged]]:
             for match, value in matches
             if match is not None and isinstance(value, (int, float))
         }
-        line = Judged(summary.parent.parent.name, summary.parent.name, figures)
-        for parent in _parents(summary.parent):
+        line = Judged(run, stage, figures)
+        for parent in _parents(folder, runs):
             if parent.kind == "after":
                 out.setdefault(Path(parent.path).resolve(), []).append(line)
     return out

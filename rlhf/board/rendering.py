@@ -10,6 +10,8 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from rlhf.board.said import said
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 LANGUAGE_COOKIE = "board_language"
 # The words of one part of the page each: words/<part>.<language>.json
@@ -69,6 +71,7 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> H
         .get_template(template)
         .render(
             t=translator(language),
+            say=functools.partial(said, language=language),
             language=language,
             languages=LANGUAGES,
             path=request.url.path,

@@ -34,6 +34,7 @@ def furnish(folder: Path) -> Path:
     parent = {"kind": "policy", "path": str(model), "from": {"run": "../sft", "stage": "sft"}}
     _finish(reward.parent, "reward", {"accuracy": 0.75}, [parent])
     write_export(pairs(3), runs / "people" / "label")
+    (runs / "people" / "label" / "config.yaml").touch()
     uploads = runs / ".board" / "uploads"
     uploads.mkdir(parents=True)
     (uploads / "pairs.csv").write_text(PAIRS)

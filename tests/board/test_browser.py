@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psutil
 import pytest
@@ -92,6 +93,44 @@ def test_no_barrier_on_any_page(visit: Any, runs: Path, language: str) -> None:
             page = visitor.open(path_of(name, runs))
             assert page.locator("html").get_attribute("lang") == language
             found += violations(page)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_barrier_before_a_start_and_for_an_annotator(
+    visit: Any, browser: Any, runs: Path, language: str
+) -> None:
+    """The dry run's page, and the one that an annotator's link opens; a form with a problem."""
+    visitor = visit(language)
+    query = {
+        "run.name": f"looked-{language}",
+        "data.path": str(runs / ".board" / "uploads" / "pairs.csv"),
+        "model.path": str(runs / "demo" / "sft" / "model"),
+        "stage.batch_size": "2",
+        "stage.learning_rate": "1",
+    }
+    page = visitor.open("/new/dpo?" + urlencode(query))
+    page.locator("button.primary").first.click()
+    page.locator("form[action='/new/dpo/start'] button").wait_for(timeout=LOADING_MS)
+    found = violations(page)
+    if language == "zh":  # but for commands, names and the rows themselves
+        shown = page.locator("main [lang=en]")
+        assert [shown.nth(i).inner_text() for i in range(shown.count())] == []
+    page = visitor.open("/new/dpo?stage.beta=-1&stage.label_smoothing=0.1")
+    page.locator(".message.problems").wait_for()
+    found += violations(page)
+    owner = visitor.open("/labels/people/label")
+    owner.fill("#name", f"Reader {language}")
+    owner.locator("form[action$='/annotators'] button").click()
+    link = owner.locator("a[href^='/annotate/']").last.get_attribute("href")
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(visitor.board.url + link)
+    found += violations(page)
+    page.get_by_role("button").last.click()
+    page.locator("#position").wait_for()
+    found += violations(page)
+    context.close()
     assert not found, "\n".join(found)
 
 

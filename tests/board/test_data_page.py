@@ -203,6 +203,7 @@ def test_reports_of_runs_are_served_without_scripts(tmp_path: Path) -> None:
     with board(tmp_path) as client:
         folder = tmp_path / "runs" / "mine" / "data"
         folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
         (folder / "report.html").write_text("<h1>Report</h1><script>1</script>")
         assert "/data/report/mine/data" in client.get("/data").text
         answer = client.get("/data/report/mine/data")

@@ -49,14 +49,15 @@ def test_kinds_with_code_are_no_choices() -> None:
     assert by_key["environment"].widget is Widget.preset
 
 
-@pytest.mark.parametrize("name", ["run", "my run", "läufe", "a.b", "x=1,2"])
+@pytest.mark.parametrize("name", ["run", "my run", "läufe", "a.b", "x=1,2", "a/b"])
 def test_names_of_runs(name: str) -> None:
     assert allowed.is_run_name(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".board", "a/b", "../x", "/tmp/x", "~x", "a\\b", "a..b", "x" * 101]
-)
+_NO_FOLDER = ["", ".", "..", ".board", "../x", "/tmp/x", "~x", "a\\b", "a..b", "x" * 101]
+
+
+@pytest.mark.parametrize("name", [*_NO_FOLDER, "a//b", "a/.b", "a/b/c/d/e"])
 def test_names_that_are_no_plain_folder(name: str) -> None:
     assert not allowed.is_run_name(name)
 

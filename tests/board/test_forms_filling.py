@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.board.forms import base
 from rlhf.board.forms.fields import form_of
-from rlhf.board.forms.filling import Filled, as_rows, fill, place_of
+from rlhf.board.forms.filling import Filled, as_rows, fill, named
 from tests.board.entering import place_in
 
 
@@ -217,9 +217,9 @@ def test_rows_of_a_link(tmp_path: Path) -> None:
 def test_the_key_that_a_message_names_first(tmp_path: Path) -> None:
     made = filled(tmp_path, "ppo", {"reward.terms.x.kind": "math"})
     message = "conf/x.py: engine.offload='cpu' is out of range: expected none with stage.steps"
-    assert place_of(message, made) == "engine.offload"
-    assert place_of("reward.terms.x.high=3 is out of range", made) == "reward.terms.x.high"
-    assert place_of("run.dir is full", made) is None
+    assert named(message, made)[0] == "engine.offload"
+    assert named("reward.terms.x.high=3 is out of range", made) == ["reward.terms.x.high"]
+    assert named("run.dir is full", made) == []
 
 
 def test_presets_that_contradict_each_other_are_said_on_top(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.board.forms.looking import _error, _warnings, look
+from rlhf.board.said import said
 
 _TINY = ["stage=sft", "model=tiny", "tracking=none", "stage.max_length=64", "model.tiny.layers=1"]
 
@@ -26,6 +27,9 @@ def test_facts_of_a_stage_that_trains(tmp_path: Path) -> None:
     assert memory["fits"] and 0 < memory["peak_gib"] < memory["usable_gib"]
     assert set(memory["roles"]) == {"policy", "process"} and memory["remedies"] == []
     assert list(tmp_path.iterdir()) == [rows]  # nothing was written
+    figures = found.facts["figures"]
+    texts = [*found.warnings, *figures, *figures.values(), *memory["roles"], *memory["notes"]]
+    assert [text for text in (*texts, memory["phase"]) if said(text, "zh").language] == []
 
 
 def test_a_refusal_is_the_message(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from rlhf.board.forms.offers import OFFERED, offers
 
 def test_uploads_and_what_runs_left_newest_first(tmp_path: Path) -> None:
     runs, uploads = tmp_path / "runs", tmp_path / "uploads"
-    for folder in ("a/sft/model", "b/grpo/model", "b/reward/model", "b/data", "b/sft/checkpoints"):
+    for folder in ("a/sft/model", "b/grpo/model", "b/reward/model", "b/sft/checkpoints"):
         (runs / folder).mkdir(parents=True)
+        (runs / folder).parent.joinpath("config.yaml").touch()
     uploads.mkdir()
+    (runs / "b/data").mkdir()
     for number, path in enumerate([uploads / "x.csv", uploads / "y.csv", runs / "b/data/z.jsonl"]):
         path.write_text("x")
         os.utime(path, (number, number))

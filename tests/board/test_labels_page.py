@@ -18,6 +18,7 @@ PAGE = "/labels/mine/label"
 def export(folder: Path, count: int = 3) -> Any:
     made = pairs(count)
     write_export(made, folder / "runs" / "mine" / "label")
+    (folder / "runs" / "mine" / "label" / "config.yaml").touch()
     return made
 
 
@@ -139,6 +140,7 @@ def test_who_may_not_label(tmp_path: Path) -> None:
 def test_texts_stay_texts(tmp_path: Path) -> None:
     made = pairs(1, title=EVIL[:200].replace("\ud800", ""))
     write_export(made, tmp_path / "runs" / "mine" / "label")
+    (tmp_path / "runs" / "mine" / "label" / "config.yaml").touch()
     with board(tmp_path) as client:
         for page in (client.get("/labels").text, client.get(PAGE).text):
             assert "<script>window" not in page and "<img" not in page

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.board.paths import DEEPEST
 from rlhf.cli.options import NAME
 
 _TERM = f"reward.terms.{NAME}"
@@ -107,7 +108,7 @@ _MAY_BE_TEXT = {"label.instructions": (".md", ".txt"), "data.chat_template": (".
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _CAP = re.compile(r"#\d+$")  # data.path=rows.jsonl#500
 _GLOB = re.compile(r"[*?\[]")
-_RUN_NAME = re.compile(r"[^/\\.~\s][^/\\]{0,99}")
+_RUN_NAME = re.compile(r"[^/\\.~\s][^/\\]{0,99}")  # one of the names between slashes
 
 
 def may_set(key: str, *, remote_code: bool) -> bool:
@@ -131,8 +132,10 @@ def values(key: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def is_run_name(name: str) -> bool:
-    """Whether it is the plain name of one folder."""
-    return _RUN_NAME.fullmatch(name) is not None and ".." not in name
+    """Whether it is the plain name of a folder, or of one below another (films/second)."""
+    names = name.split("/")
+    plain = all(_RUN_NAME.fullmatch(each) for each in names)
+    return plain and ".." not in name and len(names) <= DEEPEST
 
 
 def is_within(key: str, text: str, folders: Sequence[Path]) -> bool:

@@ -13,7 +13,7 @@ from rlhf.board.forms.base import Base, Presets
 from rlhf.board.forms.fields import NONE, Field, Form, Widget, form_of
 from rlhf.board.forms.rows import ROWS, Row, Sent
 from rlhf.board.forms.values import Problem, plain, read, texts, told
-from rlhf.board.paths import folders_of
+from rlhf.board.paths import NotHere, folders_of, run_path
 from rlhf.cli.options import NAME
 from rlhf.cli.writing import override, same
 from rlhf.run.directory import goes_on, run_directory
@@ -253,8 +253,14 @@ def _check_whole(filled: Filled, place: Place) -> None:
         filled.problems["run.name"] = Problem("forms.error.run_name")
         return
     directory = run_directory(cfg)
-    if directory.parent.resolve().parent != place.runs.resolve():
+    folder = directory.parent.resolve()
+    if not folder.is_relative_to(place.runs.resolve()):
         filled.problems["run.name"] = Problem("forms.error.outside", {"text": cfg.run.name})
+        return
+    try:
+        run_path(place, cfg.run.name)
+    except NotHere:
+        filled.problems["run.name"] = Problem("forms.error.inside", {"text": cfg.run.name})
         return
     decided = cfg.run.resume or cfg.run.overwrite or goes_on(cfg.stage, cfg.label)
     if not decided and directory.is_dir() and any(directory.iterdir()):
@@ -282,17 +288,16 @@ def _holds(value: Any, wanted: Any) -> bool:
 _KEY = re.compile(r"[a-z_]+(?:\.[\w-]+)+|\bexperiment\b", re.ASCII)
 
 
-def place_of(message: str, filled: Filled) -> str | None:
-    """The key that a message names first and that has a field; None where none has."""
-    for match in _KEY.finditer(message):
-        if _input(match[0], filled) is not None:
-            return match[0]
-    return None
+def named(message: str, filled: Filled) -> list[str]:
+    """The keys that a message names and that have a field, each once."""
+    keys = dict.fromkeys(match[0] for match in _KEY.finditer(message))
+    return [key for key in keys if _input(key, filled) is not None]
 
 
 def place_problem(filled: Filled, message: str) -> None:
-    """What the configuration or a stage's check says, at its field."""
-    _put(filled, place_of(message, filled), told(message))
+    """What the configuration or a stage's check says, at the field that it names first."""
+    keys = named(message, filled)
+    _put(filled, keys[0] if keys else None, told(message))
 
 
 def _put(filled: Filled, key: str | None, problem: Problem) -> None:

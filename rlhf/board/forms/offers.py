@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rlhf.board.paths import run_directories
+
 _MOST = 200
 # Which list an option's field has.
 OFFERED = {
@@ -21,7 +23,8 @@ def offers(runs: Path, uploads: Path) -> dict[str, Sequence[str]]:
     """Paths by the list's name, newest first; at most 200 in each."""
     uploaded = [path for path in uploads.glob("*") if path.is_file()]
     written = [path for pattern in _ROWS for path in runs.glob(pattern)]
-    models = [path for path in runs.glob("*/*/model") if path.is_dir()]
+    made = [folder / "model" for _, _, folder in run_directories(runs)]
+    models = [path for path in made if path.is_dir()]
     rewards = [path for path in models if path.parent.name == "reward"]
     return {
         "data": [*_newest(uploaded), *_newest(written)][:_MOST],

@@ -1,20 +1,19 @@
 """What the templates show of a form: each input with its texts, in the reader's language."""
 
 import functools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from rlhf.board.forms import rows
 from rlhf.board.forms.basic import TERMS
 from rlhf.board.forms.fields import Field, Widget
-from rlhf.board.forms.filling import Filled
+from rlhf.board.forms.filling import Filled, named
 from rlhf.board.forms.offers import OFFERED
 from rlhf.board.forms.rows import ROWS, Row
-from rlhf.board.forms.values import Problem, in_signs, last, texts
+from rlhf.board.forms.values import TOLD, Problem, in_signs, last, texts
 from rlhf.board.rendering import words
+from rlhf.board.said import Said, said
 from rlhf.cli import presets
 
 _TALL = 6  # lines of a list's box, at most
@@ -28,8 +27,7 @@ class Input:
     name: str  # of the form's value
     id: str
     label: str
-    sentence: str
-    sentence_language: str | None  # where it isn't the page's
+    sentence: Said
     facts: str  # range and unit
     values: Sequence[str]
     given: str | None  # the presets' value where another stands here
@@ -164,8 +162,7 @@ class View:
             of.key,
             id_of(of.key),
             self._words.get(f"forms.label.{of.key}", of.key),
-            self._words.get(f"forms.preset.{of.key}", ""),
-            None,
+            Said(self._words.get(f"forms.preset.{of.key}", "")),
             "",
             [chosen],
             None,
@@ -184,15 +181,13 @@ class View:
         entries: Sequence[Entry] = (),
         key: str | None = None,
     ) -> Input:
-        sentence, language = self._sentence(of)
         problem = problem or self._filled.problems.get(name)
         return Input(
             of,
             name,
             id_of(name),
             self._words.get(f"forms.label.{key}", of.key),
-            sentence,
-            language,
+            self._sentence(of),
             self._facts(of),
             values,
             given,
@@ -221,17 +216,8 @@ class View:
             return [""]
         return texts(of, rows.default_of(of))
 
-    def _sentence(self, of: Field) -> tuple[str, str | None]:
-        """An option's sentence, and its language where it isn't the page's."""
-        if of.option is None:
-            return "", None
-        english = of.option.info.doc
-        if self._language == "en":
-            return english, None
-        other = sentences(self._language).get(english)
-        if other is None:
-            return english, "en"
-        return other, None
+    def _sentence(self, of: Field) -> Said:
+        return Said("") if of.option is None else said(of.option.info.doc, self._language)
 
     def _facts(self, of: Field) -> str:
         if of.option is None:
@@ -239,7 +225,7 @@ class View:
         info = of.option.info
         unit = ""
         if info.unit is not None:
-            unit = self._words.get(f"forms.unit.{info.unit}", info.unit)
+            unit = said(info.unit, self._language).text
         return " ".join(part for part in (in_signs(info), unit) if part)
 
     def _told(self, problem: Problem | None) -> str | None:
@@ -248,8 +234,19 @@ class View:
         return self.words_of(problem)
 
     def words_of(self, problem: Problem) -> str:
-        """A problem in the reader's language."""
-        return self._t(problem.word, **problem.values)
+        """A problem in the reader's language; what has no translation stands there in English,
+        behind the options that it is about.
+        """
+        if problem.word != TOLD:
+            return self._t(problem.word, **problem.values)
+        message = problem.values["text"]
+        found = said(message, self._language)
+        if found.language is None:
+            return found.text
+        keys = named(message, self._filled)
+        if not keys:
+            return self._t("forms.error.english", text=message)
+        return self._t("forms.error.english.about", names=", ".join(keys), text=message)
 
     def summary(self) -> list[tuple[str | None, str, str]]:
         """All problems: the id of the input or None, its label, the words."""
@@ -272,18 +269,10 @@ def _is_basic(of: Field, each: Field) -> bool:
 
 
 @functools.cache
-def sentences(language: str) -> dict[str, str]:
-    """The options' sentences in another language, by the English ones; not all there are."""
-    path = resources.files("rlhf.board") / "forms" / f"sentences.{language}.json"
-    held: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return held
-
-
-@functools.cache
-def summaries(group: str) -> list[tuple[str, str]]:
-    """The presets of a group and what is particular to each, in English."""
+def summaries(group: str, language: str) -> list[tuple[str, Said]]:
+    """The presets of a group and what is particular to each."""
     pairs = [(name, presets.summary(group, name)) for name in presets.choices(group)]
-    return [(name, text) for name, text in pairs if text]
+    return [(name, said(text, language)) for name, text in pairs if text]
 
 
 def preview(view: View, t: Callable[..., str]) -> str:

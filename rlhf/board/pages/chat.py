@@ -15,7 +15,7 @@ from rlhf.board import OWN
 from rlhf.board.app import Place
 from rlhf.board.asked import fields
 from rlhf.board.forms.allowed import is_within
-from rlhf.board.paths import NotHere, folders_of
+from rlhf.board.paths import NotHere, folders_of, is_run_directory
 from rlhf.board.registry import policies
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.talking import Chat, Chats
@@ -174,6 +174,9 @@ def _unfit(path: str) -> str | None:
 def _folder(runs: Path, model: Path) -> Path:
     """Where rows of a conversation with the model are saved."""
     real = model.expanduser().resolve()
+    for folder in real.parents:
+        if folder.is_relative_to(runs) and is_run_directory(folder):
+            return folder.parent / _ROWS
     if real.is_relative_to(runs):
         inside = real.relative_to(runs).parts
         if len(inside) > 1 and not inside[0].startswith("."):

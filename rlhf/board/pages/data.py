@@ -16,7 +16,15 @@ from starlette.routing import BaseRoute, Route
 from rlhf.board.app import Place
 from rlhf.board.forms.allowed import is_within
 from rlhf.board.looking import LIMIT_S, look
-from rlhf.board.paths import NotHere, folders_of, stage_file, upload
+from rlhf.board.paths import (
+    NotHere,
+    folders_of,
+    in_address,
+    run_directories,
+    run_named,
+    stage_file,
+    upload,
+)
 from rlhf.board.registry import models
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.units import size_text, time_text
@@ -79,8 +87,7 @@ def routes(place: Place) -> Sequence[BaseRoute]:
         return RedirectResponse("/data", 303)
 
     def report(request: Request) -> Response:
-        names = request.path_params
-        path = stage_file(place, names["run"], names["stage"], _REPORT)
+        path = stage_file(place, run_named(request), request.path_params["stage"], _REPORT)
         headers = {"content-security-policy": _REPORT_POLICY}
         return FileResponse(path, media_type="text/html", headers=headers)
 
@@ -148,13 +155,14 @@ def _files(place: Place) -> list[_Row]:
 
 def _reports(runs: Path) -> list[_Report]:
     """The reports of stage=data, the newest first."""
-    found = sorted(runs.glob(f"*/*/{_REPORT}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = []
+    for run, stage, folder in run_directories(runs):
+        if (folder / _REPORT).is_file():
+            found.append(((folder / _REPORT).stat().st_mtime, run, stage))
     out = []
-    for path in found:
-        run, stage = path.parent.parent.name, path.parent.name
-        if not run.startswith("."):
-            link = f"/data/report/{quote(run, safe='')}/{quote(stage, safe='')}"
-            out.append(_Report(run, stage, link, time_text(path.stat().st_mtime)))
+    for at, run, stage in sorted(found, reverse=True):
+        link = f"/data/report/{in_address(run)}/{quote(stage, safe='')}"
+        out.append(_Report(run, stage, link, time_text(at)))
     return out
 
 

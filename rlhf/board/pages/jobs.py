@@ -4,7 +4,6 @@ directory.
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
@@ -14,7 +13,7 @@ from rlhf.board.app import Place
 from rlhf.board.jobs.records import OUTPUT_FILE
 from rlhf.board.jobs.store import Job
 from rlhf.board.pages.runs import moment
-from rlhf.board.paths import NotHere
+from rlhf.board.paths import NotHere, run_link
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.runs import facts, output
 from rlhf.board.runs.listing import LOOKS
@@ -24,7 +23,7 @@ def target(job: Job) -> str:
     """The page of a job: of the run directory that it writes, or its own."""
     if job.run is None or job.stage is None:
         return f"/jobs/{job.id}"
-    return f"/runs/{quote(job.run, safe='')}/{quote(job.stage, safe='')}"
+    return run_link(job.run, job.stage)
 
 
 class _Pages:

@@ -14,8 +14,10 @@ from starlette.routing import BaseRoute, Route
 from rlhf.board import asked
 from rlhf.board.app import Place
 from rlhf.board.labelling import MOST, Annotator, Desk, by_token, exports, kept_labels, save
+from rlhf.board.paths import in_address, run_link, run_named
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.units import time_text
+from rlhf.cli.writing import override
 from rlhf.labels.targets import page as label_page
 from rlhf.types import UserError
 
@@ -28,8 +30,7 @@ def routes(place: Place) -> Sequence[BaseRoute]:
         return page(request, "labels.html", exports=rows, time_text=time_text)
 
     def desk_of(request: Request) -> Desk:
-        names = request.path_params
-        return Desk(place, names["run"], names["stage"])
+        return Desk(place, run_named(request), request.path_params["stage"])
 
     def one(request: Request) -> Response:
         return _one(request, desk_of(request))
@@ -67,7 +68,7 @@ def routes(place: Place) -> Sequence[BaseRoute]:
 
 
 def _link(run: str, stage: str) -> str:
-    return f"/labels/{quote(run, safe='')}/{quote(stage, safe='')}"
+    return f"/labels/{in_address(run)}/{quote(stage, safe='')}"
 
 
 # ---- the owner's page ----
@@ -111,13 +112,13 @@ def _import(request: Request, place: Place, desk: Desk) -> Response:
     overrides = [
         "stage=label",
         "label.mode=import",
-        f'run.name="{desk.run}"',
-        f'run.dir="{place.runs}"',
-        f'label.export="{place.runs / desk.run / desk.stage}"',
-        f'label.files=["{desk.files}/*.json"]',
+        override("run.name", desk.run),
+        override("run.dir", str(place.runs)),
+        override("label.export", str(place.runs / desk.run / desk.stage)),
+        override("label.files", [f"{desk.files}/*.json"]),
     ]
     place.jobs.submit(overrides, title=f"label: {desk.run}", run=desk.run, stage="labels")
-    return RedirectResponse(f"/runs/{quote(desk.run, safe='')}/labels", 303)
+    return RedirectResponse(run_link(desk.run, "labels"), 303)
 
 
 # ---- the annotator's page ----

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
+from rlhf.board.paths import run_link
 from rlhf.board.registry import Made, models
 from rlhf.board.rendering import page
 from rlhf.board.units import size_text, time_text
@@ -29,11 +30,6 @@ def routes(place: Place) -> Sequence[BaseRoute]:
         )
 
     return [Route("/models", listing)]
-
-
-def run_link(run: str, stage: str) -> str:
-    """The page of a run's stage."""
-    return f"/runs/{quote(run, safe='')}/{quote(stage, safe='')}"
 
 
 def ways(made: Made) -> list[tuple[str, str]]:

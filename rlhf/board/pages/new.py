@@ -2,12 +2,13 @@
 stands for, the look before a start, the start.
 """
 
+import functools
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -25,6 +26,7 @@ from rlhf.board.forms.looking import Look, look
 from rlhf.board.forms.offers import offers
 from rlhf.board.forms.values import Problem
 from rlhf.board.forms.view import View, preview, summaries
+from rlhf.board.paths import run_link
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.cli import presets
 from rlhf.run.directory import run_directory
@@ -146,7 +148,7 @@ class Pages:
             run=checked.run,
             stage=checked.folder,
         )
-        return RedirectResponse(f"/runs/{quote(checked.run, '')}/{quote(checked.folder, '')}", 303)
+        return RedirectResponse(run_link(checked.run, checked.folder), 303)
 
     def _stands(self, filled: Filled) -> dict[str, str]:
         """The command and the file; empty where something stands against them."""
@@ -183,7 +185,7 @@ class Pages:
             taken=filled.is_taken,
             unknown=filled.unknown,
             warnings=warnings,
-            summaries=summaries,
+            summaries=functools.partial(summaries, language=language),
             offers=offers(self._place.runs, self._place.uploads),
             open=opened.partition(".")[0],
             errors=preview(view, t),

@@ -10,8 +10,17 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
-from rlhf.board.pages.runs import shown, svg
-from rlhf.board.paths import NotHere, lies_inside, plain_name, run_folder, stage_file, stage_folder
+from rlhf.board.pages.runs import delete_link, shown, svg
+from rlhf.board.paths import (
+    NotHere,
+    lies_inside,
+    plain_name,
+    run_folder,
+    run_named,
+    run_path,
+    stage_file,
+    stage_folder,
+)
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.runs import facts, output, panels, pictures, samples
 from rlhf.board.runs.listing import Runs, Stage
@@ -34,11 +43,11 @@ class _Pages:
         """The stage that a request names, which a queued job has perhaps not begun. Raises
         NotHere.
         """
-        run, stage = request.path_params["run"], request.path_params["stage"]
+        run, stage = run_named(request), request.path_params["stage"]
         try:
             folder = stage_folder(self.place, run, stage)
         except NotHere:
-            folder = self.place.runs / plain_name(run) / plain_name(stage)
+            folder = run_path(self.place, run) / plain_name(stage)
             absent = not folder.exists() and not folder.is_symlink()
             if not absent or self.place.jobs.of_run(run, stage) is None:
                 raise
@@ -50,7 +59,7 @@ class _Pages:
 
     def first(self, request: Request) -> Response:
         """``/runs/<run>``: the page of the stage that changed last."""
-        run = request.path_params["run"]
+        run = run_named(request)
         run_folder(self.place, run)
         own = [stage for stage in self.runs.stages() if stage.run == run]
         if not own:
@@ -74,7 +83,7 @@ class _Pages:
             siblings=[other for other in every if other.run == stage.run],
             live=self._live(stage, t),
             row=shown(stage, t),
-            delete=f"/runs-delete/{quote(stage.run, safe='')}",
+            delete=delete_link(stage.run),
             can_resume=not stage.is_live and bool(facts.starts(manifest)),
             is_over=stage.state == "ended",
             next=facts.following(stage, every, manifest),
@@ -232,7 +241,7 @@ class _Pages:
 
     def plot(self, request: Request) -> Response:
         """``/runs/<run>/<stage>/plots/<name>.png``"""
-        folder = stage_folder(self.place, request.path_params["run"], request.path_params["stage"])
+        folder = stage_folder(self.place, run_named(request), request.path_params["stage"])
         path: Path = folder / PLOTS / plain_name(request.path_params["name"])
         if path.suffix != ".png" or not lies_inside(path, self.place.runs):
             raise NotHere

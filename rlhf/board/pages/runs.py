@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from starlette.datastructures import FormData
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
-from rlhf.board.paths import NotHere, run_folder, stage_folder
+from rlhf.board.paths import NotHere, in_address, run_folder, run_named, stage_folder
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.runs import deletion, drawing, pictures
 from rlhf.board.runs.listing import LOOKS, Runs, Stage, search
@@ -30,6 +31,11 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
+def delete_link(run: str) -> str:
+    """The address of the page that asks before it deletes a run."""
+    return f"/runs-delete/{in_address(run)}"
+
+
 def shown(stage: Stage, t: Any) -> dict[str, Any]:
     """A stage as a row of the list."""
     figures = [f"{t('figure.' + label)} {value:.4g}" for label, value in stage.headlines()]
@@ -41,7 +47,7 @@ def shown(stage: Stage, t: Any) -> dict[str, Any]:
         "time": "" if stage.seconds is None else duration(stage.seconds),
         "figures": "  ".join(figures),
         "changed": moment(stage.changed),
-        "run_link": f"/runs/{quote(stage.run, safe='')}",
+        "delete": delete_link(stage.run),
     }
 
 
@@ -131,7 +137,7 @@ class _Pages:
         """The metrics.jsonl of the stages that were ticked. Raises NotHere."""
         out = {}
         for id in list(dict.fromkeys(ids))[:COMPARED]:
-            run, slash, stage = id.partition("/")
+            run, slash, stage = id.rpartition("/")
             if not slash:
                 raise NotHere
             out[id] = stage_folder(self.place, run, stage) / METRICS_FILE
@@ -144,8 +150,9 @@ class _Pages:
         return self._ask(request, None, 200)
 
     def _ask(self, request: Request, problem: str | None, status: int) -> Response:
-        run = request.path_params["run"]
+        run = run_named(request)
         folder = run_folder(self.place, run)
+        own = self._stages_in(folder)
         return page(
             request,
             "delete.html",
@@ -153,25 +160,25 @@ class _Pages:
             run=run,
             folder=str(folder),
             size=f"{deletion.size_mib(folder):.1f}",
-            stages=[stage.stage for stage in self._stages_of(run)],
+            stages=[stage.folder.relative_to(folder).as_posix() for stage in own],
             problem=problem,
         )
 
     def delete(self, request: Request, form: FormData) -> Response:
         """The same, ticked and sent."""
-        run = request.path_params["run"]
-        folder = run_folder(self.place, run)
+        folder = run_folder(self.place, run_named(request))
         if form.get("confirm") != "yes":
             t = translator(language_of(request))
             return self._ask(request, t("runs.delete.tick"), 422)
         try:
-            deletion.delete(self.place, folder, self._stages_of(run))
+            deletion.delete(self.place, folder, self._stages_in(folder))
         except UserError as error:
             return self._ask(request, str(error), 422)
         return RedirectResponse("/runs", 303)
 
-    def _stages_of(self, run: str) -> Sequence[Stage]:
-        return [stage for stage in self.runs.stages() if stage.run == run]
+    def _stages_in(self, folder: Path) -> Sequence[Stage]:
+        """The stages that go with a folder: of its run, and of runs below it."""
+        return [stage for stage in self.runs.stages() if folder in stage.folder.parents]
 
 
 def _number(text: str) -> int:

@@ -1,19 +1,19 @@
 """What a run's manifest says, how the run goes on, and which stages its results lead to."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
+from rlhf.board.paths import run_link
 from rlhf.board.runs.listing import Stage
 from rlhf.cli.presets import choices, stage_schema
+from rlhf.cli.writing import override
 from rlhf.process.redaction import REDACTED
 from rlhf.types import UserError
 
 _HASH_LENGTH = 12  # digits of a hash that a page shows
-_PLAIN = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)  # what Hydra reads without quotes
 # Options of a start that a resume sets itself.
 _OWN = ("run.resume", "run.overwrite", "run.dry_run", "run.dir", "run.name")
 # Schemas of stages -> the stages that may follow on their model.
@@ -70,9 +70,9 @@ def _origin(entry: Mapping[str, Any], stage: Stage, runs: Path) -> str:
     folder = (stage.folder / source["run"]).resolve()
     root = runs.resolve()
     parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
-    if len(parts) != 2 or not folder.is_dir():
+    if len(parts) < 2 or not folder.is_dir():
         return ""
-    return "/runs/" + "/".join(quote(part, safe="") for part in parts)
+    return run_link("/".join(parts[:-1]), parts[-1])
 
 
 def starts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -85,15 +85,6 @@ def command(argv: Sequence[str]) -> str:
     import shlex
 
     return shlex.join(["python", "-m", "rlhf", *argv])
-
-
-def override(key: str, text: str) -> str:
-    """An override as Hydra reads it, for any text."""
-    if _PLAIN.fullmatch(text):
-        return f"{key}={text}"
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f'{key}="{escaped}"'
 
 
 def resume_argv(manifest: Mapping[str, Any] | None, stage: Stage, runs: Path) -> list[str]:

@@ -5,21 +5,19 @@ of each metrics.jsonl, and of unchanged files nothing.
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from rlhf.board.app import Place
 from rlhf.board.jobs.processes import writing
 from rlhf.board.jobs.store import Job
-from rlhf.board.paths import lies_inside
+from rlhf.board.paths import lies_inside, run_directories, run_link
 from rlhf.board.runs.cache import FileCache
 from rlhf.board.runs.metrics import Newest, newest
 from rlhf.run.console import HEADLINES
-from rlhf.run.directory import CONFIG_FILE, SUMMARY_FILE
-from rlhf.run.manifest import MANIFEST_FILE
+from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.tracking.files import METRICS_FILE
 
 State = Literal["queued", "running", "stopping", "ended", "failed", "stopped", "lost"]
@@ -34,7 +32,6 @@ LOOKS: dict[State, str] = {
     "stopped": "",
     "lost": "warn",
 }
-_MARKS = (MANIFEST_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)  # of a run directory
 _LOOK_EVERY_S = 1.0  # at the files that processes have open
 _MOST = 5000  # files whose end is kept
 
@@ -55,7 +52,7 @@ class Stage:
     @property
     def link(self) -> str:
         """The path of its page."""
-        return f"/runs/{quote(self.run, safe='')}/{quote(self.stage, safe='')}"
+        return run_link(self.run, self.stage)
 
     @property
     def id(self) -> str:
@@ -122,7 +119,7 @@ class Runs:
             if job.run is not None and job.stage is not None:
                 jobs[job.run, job.stage] = job
         found = {}
-        for run, stage, folder in self._folders():
+        for run, stage, folder in run_directories(self._place.runs):
             found[run, stage] = self._stage(run, stage, folder, jobs.get((run, stage)))
         for (run, stage), job in jobs.items():
             if (run, stage) not in found and job.is_active:
@@ -137,12 +134,6 @@ class Runs:
     def object(self, path: Path) -> dict[str, Any] | None:
         """The object in a JSON file of a run; None where there is none."""
         return self._objects.get(path)
-
-    def _folders(self) -> Iterator[tuple[str, str, Path]]:
-        for run in _folders_in(self._place.runs, self._place.runs):
-            for stage in _folders_in(run, self._place.runs):
-                if any((stage / name).is_file() for name in _MARKS):
-                    yield run.name, stage.name, stage
 
     def _stage(self, run: str, stage: str, folder: Path, job: Job | None) -> Stage:
         metrics = folder / METRICS_FILE
@@ -174,15 +165,6 @@ class Runs:
                 held = writing(METRICS_FILE)
                 self._written = (time.monotonic(), held)
             return held
-
-
-def _folders_in(folder: Path, root: Path) -> Iterator[Path]:
-    """The folders in a folder that a page may show."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if not path.name.startswith(".") and path.is_dir() and lies_inside(path, root):
-            yield path
 
 
 def _time_of(path: Path) -> float:

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from rlhf.board.app import Place
+from rlhf.board.paths import run_link
 from tests.board.acting import acting, until
 from tests.board.making import ORIGIN, client, metric_line, stage
 
@@ -53,11 +54,12 @@ def test_many_runs_have_pages(place: Place, browser: Any) -> None:
     assert browser.get("/runs?page=99999999999&q=").status_code == 200
 
 
-@pytest.mark.parametrize("run", ["film one", "电影 & <b>", "q'\"uote", "50%"])
+@pytest.mark.parametrize("run", ["film one", "电影 & <b>", "q'\"uote", "50%", "~1/films/a b"])
 def test_names_of_any_kind_have_a_page(place: Place, browser: Any, run: str) -> None:
     folder = stage(place.runs, run, "sft", ended=True)
     (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "response": "<b>hi</b>"}) + "\n")
-    base = f"/runs/{quote(run, safe='')}"
+    base = run_link(run)
+    assert base in browser.get("/runs").text
     assert browser.get(base).headers["location"] == f"{base}/sft"
     answer = browser.get(f"{base}/sft")
     assert answer.status_code == 200
@@ -68,6 +70,28 @@ def test_names_of_any_kind_have_a_page(place: Place, browser: Any, run: str) -> 
     assert f'data-live="{base}/sft/live"' in answer.text
     shown = browser.get(f"{base}/sft/samples").text
     assert "&lt;b&gt;hi&lt;/b&gt;" in shown and "<b>hi" not in shown
+
+
+def test_a_run_below_another(place: Place, browser: Any) -> None:
+    """Its model is the other's parent; deleting the upper one names and takes both."""
+    stage(place.runs, "films", "sft", ended=True)
+    folder = stage(place.runs, "films/second", "ppo", ended=True)
+    origin = {"kind": "policy", "path": "m", "from": {"run": "../../sft", "stage": "sft"}}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"parents": [origin]}))
+    assert '"/runs/films/sft"' in browser.get("/runs/films~1second/ppo").text
+    models = browser.get("/models").text
+    assert "films/second/ppo" in models and "/runs/films~1second/ppo" in models
+    lines = browser.get("/runs-compare?run=films/second/ppo&run=films/sft")
+    assert lines.status_code == 200 and "films/second/ppo" in lines.text
+    # what lies in a run directory is no run
+    assert browser.get("/runs/films~1sft/model").status_code == 404
+    assert browser.get("/runs-delete/films~1sft").status_code == 404
+    asked = browser.get("/runs-delete/films").text
+    assert "second/ppo" in asked and "sft" in asked
+    answer = browser.post("/runs-delete/films~1second", headers=ORIGIN, data={"confirm": "yes"})
+    assert answer.status_code == 303 and not folder.exists()
+    assert (place.runs / "films" / "sft").is_dir()
 
 
 def test_a_stage_that_ended(place: Place, browser: Any) -> None:
@@ -224,7 +248,7 @@ def test_resume_takes_the_last_start(place: Place, browser: Any) -> None:
     assert answer.headers["location"] == "/runs/my%20film/sft"
     job = place.jobs.of_run("my film", "sft")
     assert job is not None
-    own = (f'run.dir="{place.runs}"', 'run.name="my film"', "run.resume=true")
+    own = (f"run.dir={place.runs}", 'run.name="my film"', "run.resume=true")
     assert job.argv == ("stage=sft", "act=words", *own)
     until(lambda: not place.jobs.job(job.id).is_active)
 
