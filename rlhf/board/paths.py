@@ -81,6 +81,15 @@ def _folders_in(folder: Path, root: Path) -> Iterator[Path]:
             yield path
 
 
+def run_and_stage(folder: Path, runs: Path) -> tuple[str, str] | None:
+    """Of a folder that may be a run directory of run.dir; None outside."""
+    real, root = folder.resolve(), runs.resolve()
+    if not real.is_relative_to(root):
+        return None
+    *names, stage = real.relative_to(root).parts or ("",)
+    return ("/".join(names), stage) if names else None
+
+
 def run_path(place: Place, run: str) -> Path:
     """Where the folder of `run` lies, or would lie. Raises NotHere for a name that leads elsewhere,
     or into a run directory.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.board.paths import run_directories
+from rlhf.board.paths import run_and_stage, run_directories
 from rlhf.models.directories import ADAPTER_CONFIG
 from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.manifest import read_manifest
@@ -110,11 +110,9 @@ def _parents(folder: Path, runs: Path) -> Iterator[Parent]:
         kind, path = str(entry.get("kind", "")), str(entry.get("path", ""))
         origin = entry.get("from")
         if isinstance(origin, dict) and isinstance(origin.get("run"), str):
-            made = (folder / origin["run"]).resolve()
-            root = runs.resolve()
-            parts = made.relative_to(root).parts if made.is_relative_to(root) else ()
-            if len(parts) > 1:
-                yield Parent(kind, path, "/".join(parts[:-1]), parts[-1])
+            made = run_and_stage(folder / origin["run"], runs)
+            if made is not None:
+                yield Parent(kind, path, *made)
                 continue
         yield Parent(kind, path)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from rlhf.board.paths import run_link
+from rlhf.board.paths import run_and_stage, run_link
 from rlhf.board.runs.listing import Stage
 from rlhf.cli.presets import choices, stage_schema
 from rlhf.cli.writing import override
@@ -67,12 +67,9 @@ def _origin(entry: Mapping[str, Any], stage: Stage, runs: Path) -> str:
     source = entry.get("from")
     if not isinstance(source, dict) or not isinstance(source.get("run"), str):
         return ""
-    folder = (stage.folder / source["run"]).resolve()
-    root = runs.resolve()
-    parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
-    if len(parts) < 2 or not folder.is_dir():
-        return ""
-    return run_link("/".join(parts[:-1]), parts[-1])
+    folder = stage.folder / source["run"]
+    made = run_and_stage(folder, runs)
+    return run_link(*made) if made is not None and folder.is_dir() else ""
 
 
 def starts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
