@@ -66,7 +66,9 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> Facts:
     print(f"launch: {launch_command(argv, started)}")
     tokenizer = stage_rows.tokenizer_of(cfg.model, reading.DataRequest.of(cfg))
     rows = read_rows(cfg, tokenizer)
+    work: Facts = {"stage": cfg.stage.name, "steps": cfg.stage.steps}
     if isinstance(cfg.stage, OnlineStage):
+        work["rows"] = cfg.stage.prompts_per_step * cfg.stage.samples_per_prompt
         stage, micro_tokens = cfg.stage_as(OnlineStage), cfg.engine.micro_tokens
         response = cfg.environment.longest(cfg.rollout.max_response_length)
         longest = cfg.data.max_prompt_length + response
@@ -75,6 +77,7 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> Facts:
         batches = launch.plan_batches(cfg.stage.batch_size, cfg.engine, ranks)
         trained = stage_rows.count_trained(reading.DataRequest.of(cfg), tokenizer, batches.micro)
         figures = offline_arithmetic(cfg.stage, batches, rows.count, trained)
+        work |= {"rows": cfg.stage.batch_size, "steps": launch.count_steps(cfg.stage, trained)}
     if cfg.engine.sequence_parallel > 1:
         sharing = launch.name_ranks(cfg.engine.sequence_parallel)
         figures["each row"] = f"shared by {sharing} (engine.sequence_parallel)"
@@ -83,7 +86,8 @@ def _show_training(cfg: Config, argv: Sequence[str]) -> Facts:
         console().print(render(rows.previews))
     facts = {"figures": figures, "rows": rows.count, "previews": list(map(asdict, rows.previews))}
     if can_plan(cfg.model):
-        facts["memory"] = _print_plan(cfg)
+        memory = _print_plan(cfg)
+        facts |= {"memory": memory, "work": work | {"parameters": memory["parameters"]}}
     return facts
 
 
@@ -181,6 +185,7 @@ def _print_plan(cfg: Config) -> Facts:
     )
     facts = _plan_facts(planned, [*notes, *machine.notes, *planned.notes])
     facts |= {"disk_gib": need.total / GIB, "free_gib": free / GIB, "remedies": []}
+    facts["parameters"] = shapes.policy.parameters
     if not planned.fits:
         facts["remedies"] = answers(fit.rows(cfg, shapes, machine), machine)
     return facts

@@ -142,6 +142,7 @@ def test_killing_the_board_loses_nothing_of_a_real_run(
         assert checked is not None
         assert first.post("/new/sft/start", checked=checked[1]).status_code == 303
         until(lambda: step(first) >= 3, 240)
+        assert re.fullmatch(r"\d+:\d\d", first.browser.get(f"{page}/live").json()["left"])
         first.process.kill()
         first.process.wait()
     running = jobs.of_run("film", "sft")

@@ -27,6 +27,9 @@ def test_facts_of_a_stage_that_trains(tmp_path: Path) -> None:
     assert memory["fits"] and 0 < memory["peak_gib"] < memory["usable_gib"]
     assert set(memory["roles"]) == {"policy", "process"} and memory["remedies"] == []
     assert list(tmp_path.iterdir()) == [rows]  # nothing was written
+    work = found.facts["work"]
+    assert (work["stage"], work["rows"], work["steps"]) == ("sft", 32, 1)
+    assert work["parameters"] > 10_000
     figures = found.facts["figures"]
     texts = [*found.warnings, *figures, *figures.values(), *memory["roles"], *memory["notes"]]
     assert [text for text in (*texts, memory["phase"]) if said(text, "zh").language] == []

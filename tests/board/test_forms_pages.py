@@ -1,5 +1,6 @@
 """The pages of the forms, through the guard."""
 
+import platform
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -12,6 +13,7 @@ import pytest
 from rlhf.board.forms.basic import stages
 from rlhf.board.forms.looking import Look
 from rlhf.board.pages import new
+from tests.board import making
 from tests.board.entering import client_of, place_in, post
 
 _TOKEN = {"id": 1, "text": "<script>alert(1)</script>\n", "part": "response", "trained": True}
@@ -34,6 +36,7 @@ _FACTS = {
     "rows": 9,
     "previews": [{"place": "rows.jsonl, row 1", "sides": [_SIDE], "shared": None}],
     "memory": _MEMORY,
+    "work": {"stage": "sft", "steps": 50, "rows": 8, "parameters": 7},
 }
 
 
@@ -42,6 +45,10 @@ class Jobs:
 
     def __init__(self) -> None:
         self.submitted: list[tuple[Any, dict[str, Any]]] = []
+        self.earlier: list[Any] = []
+
+    def jobs(self) -> list[Any]:
+        return self.earlier
 
     def submit(self, argv: Any, **values: Any) -> None:
         self.submitted.append((argv, values))
@@ -175,9 +182,22 @@ def test_a_check_then_a_start_of_the_very_same(
     assert started.headers["location"] == "/runs/l%C3%A4ufe%201/sft"
     ((argv, values),) = board.jobs.submitted
     assert [*argv] == looked[0] and "stage.batch_size=8" in argv
-    assert values == {"title": "sft: läufe 1", "run": "läufe 1", "stage": "sft"}
+    work = {**_FACTS["work"], "machine": platform.node()}
+    assert values == {"title": "sft: läufe 1", "run": "läufe 1", "stage": "sft", "work": work}
     again = post(board.client, "/new/sft/start", {"checked": key[1]})
     assert again.status_code == 422 and len(board.jobs.submitted) == 1
+
+
+def test_how_long_it_may_take(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier run took 1.5 s for a step of 4 rows; 50 steps of 8 rows begin."""
+    monkeypatch.setattr(new, "look", lambda _: Look(facts=_FACTS))
+    sent = {"run.name": "next", "stage.batch_size": "8"}
+    assert "Not known before the first steps" in post(board.client, "/new/sft/check", sent).text
+    making.stage(board.place.runs, "earlier", "sft")
+    work = {**_FACTS["work"], "rows": 4, "machine": platform.node()}
+    board.jobs.earlier = [SimpleNamespace(run="earlier", stage="sft", work=work)]
+    page = post(board.client, "/new/sft/check", sent).text
+    assert "About 2:30, as earlier/sft went on this machine: a step of 4 rows took 1.5 s" in page
 
 
 def test_what_was_not_checked_does_not_start(board: Any) -> None:

@@ -52,6 +52,7 @@ class Job:
     ended: float | None
     exit_code: int | None  # of a run that a signal killed: 128 and the signal's number
     folder: Path
+    work: Mapping[str, Any] | None = None  # as rlhf/board/runs/pace.py has it
 
     @property
     def is_active(self) -> bool:
@@ -114,6 +115,7 @@ def load(folder: Path) -> Job | None:
         ended=end["ended"] if end is not None else None,
         exit_code=end["exit_code"] if end is not None else None,
         folder=folder,
+        work=asked.get("work"),
     )
 
 

@@ -8,9 +8,10 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rlhf.board import OWN
 from rlhf.board.jobs.processes import kill_session, memory_mib
@@ -48,9 +49,17 @@ class Jobs:
         self._devices: list[str] | None = None  # asked for once: nvidia-smi takes its time
         self._over: dict[str, Job] = {}  # those that have ended: they don't change any more
 
-    def submit(self, argv: Sequence[str], *, title: str, run: str | None, stage: str | None) -> Job:
+    def submit(
+        self,
+        argv: Sequence[str],
+        *,
+        title: str,
+        run: str | None,
+        stage: str | None,
+        work: Mapping[str, Any] | None = None,
+    ) -> Job:
         """Queue ``python -m rlhf *argv`` and start what there is room for. run, stage: the run
-        directory that it will write, None for none.
+        directory that it will write, None for none. work: what it has to do, where that is known.
 
         Raises UserError where a job is at that run directory already.
         """
@@ -65,6 +74,7 @@ class Jobs:
             "cwd": os.getcwd(),
             "device": device_for(argv, devices),
             "created": created,
+            "work": work,
         }
         with exclusive(self.folder / LOCK_FILE, _nothing):
             there = None if run is None or stage is None else self.of_run(run, stage)

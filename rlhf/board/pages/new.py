@@ -5,7 +5,7 @@ stands for, the look before a start, the start.
 import functools
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -28,7 +28,9 @@ from rlhf.board.forms.values import Problem
 from rlhf.board.forms.view import View, preview, summaries
 from rlhf.board.paths import run_link
 from rlhf.board.rendering import language_of, page, translator
+from rlhf.board.runs.pace import Estimate, estimate, work_of
 from rlhf.cli import presets
+from rlhf.run.console import duration
 from rlhf.run.directory import run_directory
 
 _MOST_BYTES = 4 << 20  # of a form
@@ -47,6 +49,7 @@ class Checked:
     overrides: Sequence[str]
     run: str
     folder: str  # of the stage in the run's directory
+    work: Mapping[str, Any] | None  # what it has to do, where the dry run said so
 
 
 def routes(place: Place) -> Sequence[BaseRoute]:
@@ -118,7 +121,8 @@ class Pages:
         directory = run_directory(cfg)
         key = secrets.token_urlsafe(16)
         stage = filled.form.stage
-        self._checked[key] = Checked(stage, filled.overrides, cfg.run.name, directory.name)
+        work = work_of(found.facts)
+        self._checked[key] = Checked(stage, filled.overrides, cfg.run.name, directory.name, work)
         while len(self._checked) > _KEPT:
             self._checked.popitem(last=False)
         return page(
@@ -128,10 +132,18 @@ class Pages:
             warnings=found.warnings,
             facts=_NO_FACTS | dict(found.facts),
             costs=costs(cfg),
+            takes=self._takes(work),
             command=standing.command(filled.overrides),
             checked=key,
+            duration=duration,
             sent=[(name, value) for name, values in sent.items() for value in values],
         )
+
+    def _takes(self, work: Mapping[str, Any] | None) -> Estimate | None:
+        """How long it may take, where an earlier run tells."""
+        if work is None:
+            return None
+        return estimate(work, self._place.jobs.jobs(), self._place.runs)
 
     async def _start(self, request: Request) -> Response:
         stage, sent = _stage_of(request), await _sent(request)
@@ -147,6 +159,7 @@ class Pages:
             title=title,
             run=checked.run,
             stage=checked.folder,
+            work=checked.work,
         )
         return RedirectResponse(run_link(checked.run, checked.folder), 303)
 

@@ -22,9 +22,10 @@ from rlhf.board.paths import (
     stage_folder,
 )
 from rlhf.board.rendering import language_of, page, translator
-from rlhf.board.runs import facts, output, panels, pictures, samples
+from rlhf.board.runs import facts, output, pace, panels, pictures, samples
 from rlhf.board.runs.listing import Runs, Stage
 from rlhf.board.runs.metrics import Readers, Series
+from rlhf.run.console import duration
 from rlhf.run.manifest import MANIFEST_FILE
 from rlhf.run.tracking.files import METRICS_FILE, SAMPLES_FILE
 from rlhf.types import UserError
@@ -175,6 +176,7 @@ class _Pages:
             "state": row["state"],
             "steps": row["steps"],
             "time": row["time"],
+            "left": self._left(stage, t),
             "figures": row["figures"],
             "changed": row["changed"],
             "memory": "" if memory is None else f"{memory:.0f} MiB",
@@ -186,6 +188,15 @@ class _Pages:
             "pictures": _version(stage),
             "ended": not stage.is_live,
         }
+
+    def _left(self, stage: Stage, t: Any) -> str:
+        """The time that is left, as the steps so far went."""
+        if not stage.is_live or stage.job is None or stage.job.work is None:
+            return ""
+        path = stage.folder / METRICS_FILE
+        known = lies_inside(path, self.place.runs)
+        seconds = pace.left(stage.job.work, path) if known else None
+        return t("run.left.unknown") if seconds is None else duration(seconds)
 
     def _ahead(self, stage: Stage) -> str:
         """How many jobs of the queue come before this one."""
@@ -256,7 +267,8 @@ class _Pages:
                 raise UserError(t("run.resume.runs", run=stage.run, stage=stage.stage))
             argv = facts.resume_argv(self._manifest(stage), stage, self.place.runs)
             title = t("run.resume.title", run=stage.run, stage=stage.stage)
-            self.place.jobs.submit(argv, title=title, run=stage.run, stage=stage.stage)
+            work = None if stage.job is None else stage.job.work
+            self.place.jobs.submit(argv, title=title, run=stage.run, stage=stage.stage, work=work)
         except UserError as error:
             return self._page(request, str(error), 422)
         return RedirectResponse(stage.link, 303)
