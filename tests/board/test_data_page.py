@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.board.jobs.store import Jobs
 from rlhf.board.uploads import Refused, safe_name
+from rlhf.cli.config import compose
 from tests.board.rooms import LARGEST, board
 
 PAIRS = "prompt,chosen,rejected\nHi,Hello <b>you</b>,Go away\nWhy?,Because.,No.\n"
@@ -197,6 +199,25 @@ def test_files_that_are_no_rows_are_told(tmp_path: Path) -> None:
             page = client.get(link)
             assert page.status_code in (200, 422), page.text
             assert "message warn" in page.text and "Traceback" not in page.text, name
+
+
+def test_a_report_in_one_click(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of its own: what is there already stays."""
+    asked: list[Any] = []
+    monkeypatch.setattr(Jobs, "submit", lambda _, argv, **named: asked.append((argv, named)))
+    with board(tmp_path) as client:
+        uploads = tmp_path / "uploads"
+        uploads.mkdir(exist_ok=True)
+        (uploads / "my rows.csv").write_text("prompt,completion\na,b\n")
+        (tmp_path / "runs" / "report-my-rows").mkdir(parents=True)
+        link = "/data/file/my%20rows.csv"
+        assert f'action="{link}/report"' in client.get(link).text
+        answer = client.post(f"{link}/report")
+        assert answer.headers["location"] == "/runs/report-my-rows-2/data"
+    ((argv, named),) = asked
+    assert (named["run"], named["stage"]) == ("report-my-rows-2", "data")
+    cfg = compose(argv)
+    assert cfg.data.report and cfg.data.path == str(uploads / "my rows.csv")
 
 
 def test_reports_of_runs_are_served_without_scripts(tmp_path: Path) -> None:

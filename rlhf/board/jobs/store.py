@@ -6,6 +6,7 @@ Nothing is kept in memory that counts: any board with the same run.dir sees the 
 import os
 import re
 import secrets
+import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -159,6 +160,31 @@ class Jobs:
                 write(job.folder, STOP_FILE, {"asked": time.time()})
                 write(job.folder, EXIT_FILE, {"exit_code": None, "ended": time.time()})
             return job.state == "queued" or not job.is_active
+
+    def over(self) -> list[Job]:
+        """Those that have ended and that no run's page shows: of runs that are gone or were begun
+        again since, and of none; the newest first.
+        """
+        shown, found = set(), []
+        for job in self.jobs():
+            at = (job.run, job.stage)
+            newest = job.run is not None and job.stage is not None and at not in shown
+            shown.add(at)
+            if newest and (self.runs / str(job.run) / str(job.stage)).is_dir():
+                continue
+            if not job.is_active:
+                found.append(job)
+        return found
+
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """Delete what is known of jobs that have ended: what was asked, and what they printed."""
+        for job in jobs:
+            with exclusive(self.folder / LOCK_FILE, _nothing):
+                if self._load(job.id) is None or self.job(job.id).is_active:
+                    continue
+                going = job.folder.rename(self.folder / f".{job.id}.going")
+            self._over.pop(job.id, None)
+            shutil.rmtree(going)
 
     def output(self, id: str, start: int) -> tuple[bytes, int]:
         """What a job printed from byte `start` on, at most 1 MiB of it, and where the next part

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlhf.board.paths import (
     folders_of,
     in_address,
     run_directories,
+    run_link,
     run_named,
     stage_file,
     upload,
@@ -29,11 +31,12 @@ from rlhf.board.registry import models
 from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.units import size_text, time_text
 from rlhf.board.uploads import TOGETHER, Refused, receive, used
+from rlhf.cli.writing import override
 from rlhf.data.opening import endings, kind_of
 from rlhf.types import UserError
 
 _LOOKS = ".looks"  # in the uploads: what was found in each file
-_REPORT = "report.html"
+REPORT = "report.html"
 # What rows of each use can train.
 STAGES = {
     "sft": ("sft",),
@@ -86,8 +89,11 @@ def routes(place: Place) -> Sequence[BaseRoute]:
         _look_file(path).unlink(missing_ok=True)
         return RedirectResponse("/data", 303)
 
+    def begin_report(request: Request) -> Response:
+        return _begin_report(place, upload(place, request.path_params["name"]))
+
     def report(request: Request) -> Response:
-        path = stage_file(place, run_named(request), request.path_params["stage"], _REPORT)
+        path = stage_file(place, run_named(request), request.path_params["stage"], REPORT)
         headers = {"content-security-policy": _REPORT_POLICY}
         return FileResponse(path, media_type="text/html", headers=headers)
 
@@ -97,6 +103,7 @@ def routes(place: Place) -> Sequence[BaseRoute]:
         Route("/data/file/{name}", one),
         Route("/data/file/{name}/delete", ask),
         Route("/data/file/{name}/delete", delete, methods=["POST"]),
+        Route("/data/file/{name}/report", begin_report, methods=["POST"]),
         Route("/data/report/{run}/{stage}", report),
     ]
 
@@ -157,12 +164,11 @@ def _reports(runs: Path) -> list[_Report]:
     """The reports of stage=data, the newest first."""
     found = []
     for run, stage, folder in run_directories(runs):
-        if (folder / _REPORT).is_file():
-            found.append(((folder / _REPORT).stat().st_mtime, run, stage))
+        if (folder / REPORT).is_file():
+            found.append(((folder / REPORT).stat().st_mtime, run, stage))
     out = []
     for at, run, stage in sorted(found, reverse=True):
-        link = f"/data/report/{in_address(run)}/{quote(stage, safe='')}"
-        out.append(_Report(run, stage, link, time_text(at)))
+        out.append(_Report(run, stage, report_link(run, stage), time_text(at)))
     return out
 
 
@@ -202,9 +208,34 @@ def _one(request: Request, place: Place, path: Path) -> Response:
         known=[str(made.path) for made in models(place.runs)],
         ways=_ways(path, held),
         prepare="/new/data?" + urlencode({"data.path": str(path)}),
-        report="/new/data?" + urlencode({"data.path": str(path), "data.report": "true"}),
         limit=int(LIMIT_S),
     )
+
+
+def _begin_report(place: Place, path: Path) -> Response:
+    """Start stage=data data.report=true on a file, in a run of its own; its page leads to the
+    report.
+    """
+    stem = re.sub(r"[^\w.-]", "-", path.stem).strip(".")[:50]
+    name, number = f"report-{stem}", 1
+    while (place.runs / name).exists() or place.jobs.of_run(name, "data") is not None:
+        number += 1
+        name = f"report-{stem}-{number}"
+    overrides = [
+        "stage=data",
+        override("run.name", name),
+        override("run.dir", str(place.runs)),
+        override("data.path", str(path)),
+        "data.report=true",
+        "tracking=none",
+    ]
+    place.jobs.submit(overrides, title=f"data: {name}", run=name, stage="data")
+    return RedirectResponse(run_link(name, "data"), 303)
+
+
+def report_link(run: str, stage: str) -> str:
+    """The address of a report of stage=data."""
+    return f"/data/report/{in_address(run)}/{quote(stage, safe='')}"
 
 
 def _ways(path: Path, held: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,8 @@ directory.
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -15,7 +17,7 @@ from rlhf.board.jobs.store import Job
 from rlhf.board.pages.runs import moment
 from rlhf.board.paths import NotHere, run_link
 from rlhf.board.rendering import language_of, page, translator
-from rlhf.board.runs import facts, output
+from rlhf.board.runs import deletion, facts, output
 from rlhf.board.runs.listing import LOOKS
 
 
@@ -65,6 +67,19 @@ class _Pages:
             "ended": not job.is_active,
         }
 
+    def ask_to_forget(self, request: Request) -> Response:
+        """``/jobs-over``: jobs that have ended and that no run's page shows."""
+        jobs = self.place.jobs.over()
+        size = sum(deletion.size_mib(job.folder) for job in jobs)
+        rows = [(job, moment(job.created)) for job in jobs]
+        return page(request, "jobs_over.html", rows=rows, size=f"{size:.1f}")
+
+    def forget(self, request: Request, form: FormData) -> Response:
+        """The same, sent with the jobs that it showed: none that ended since goes with them."""
+        asked = {str(id) for id in form.getlist("job")}
+        self.place.jobs.forget([job for job in self.place.jobs.over() if job.id in asked])
+        return RedirectResponse("/runs", 303)
+
     def log(self, request: Request) -> Response:
         """``/jobs/<id>/log``: all that it printed."""
         path = self._job(request).folder / OUTPUT_FILE
@@ -92,7 +107,13 @@ class _Pages:
 def routes(place: Place) -> Sequence[BaseRoute]:
     """``/jobs/<id>`` and what lies below it."""
     pages = _Pages(place)
+
+    async def forget(request: Request) -> Response:
+        return await run_in_threadpool(pages.forget, request, await request.form(max_fields=50_000))
+
     out: list[BaseRoute] = [
+        Route("/jobs-over", pages.ask_to_forget),
+        Route("/jobs-over", forget, methods=["POST"]),
         Route("/jobs/{id}", pages.show),
         Route("/jobs/{id}/live", pages.live),
         Route("/jobs/{id}/log", pages.log),

@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Route
 
 from rlhf.board.app import Place
+from rlhf.board.pages.data import REPORT, report_link
 from rlhf.board.pages.runs import delete_link, shown, svg
 from rlhf.board.paths import (
     NotHere,
@@ -91,6 +92,7 @@ class _Pages:
             results=self._results(stage),
             plots=self._plots(stage),
             has_samples=self._has(stage, SAMPLES_FILE),
+            report=report_link(stage.run, stage.stage) if self._has(stage, REPORT) else None,
             **self._curves(request, stage, t),
             **self._made_of(stage, manifest),
         )

@@ -79,6 +79,7 @@ class _Pages:
             pages=pages,
             query=query,
             live="/runs-live?" + urlencode({"q": words, "page": number}),
+            over=bool(self.place.jobs.over()),
             jobs=[(job, LOOKS[job.state], moment(job.created)) for job in others[:20]],
         )
 

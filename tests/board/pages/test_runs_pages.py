@@ -213,6 +213,32 @@ def test_deleting_asks_first(place: Place, browser: Any) -> None:
     assert browser.get(link).status_code == 404
 
 
+def test_old_jobs_are_deleted_when_somebody_says_so(place: Place, browser: Any) -> None:
+    """Kept: what runs, and the newest job of a run that is there, whose page shows its output."""
+    stage(place.runs, "film", "sft")
+    made = {}
+    for run in ("film", "film", "gone", None):
+        name = None if run is None else "sft"
+        job = place.jobs.submit(["act=words"], title=f"of {run}", run=run, stage=name)
+        until(lambda id=job.id: not place.jobs.job(id).is_active)
+        made.setdefault(run, job)
+    newest = place.jobs.of_run("film", "sft")
+    running = place.jobs.submit(["act=run"], title="runs", run=None, stage=None)
+    assert 'href="/jobs-over"' in browser.get("/runs").text
+    page = browser.get("/jobs-over").text
+    shown = set(re.findall(r'name="job" value="([^"]+)"', page))
+    assert shown == {job.id for job in made.values()}
+    assert "3 jobs" in page
+    chosen = [made["gone"].id, made["film"].id, running.id, newest.id, "../../film"]
+    answer = browser.post("/jobs-over", headers=ORIGIN, data={"job": chosen})
+    assert answer.status_code == 303
+    left = {job.id for job in place.jobs.jobs()}
+    assert left == {made[None].id, running.id, newest.id}
+    assert not list((place.runs / ".board" / "jobs").glob(".*.going"))
+    assert (place.runs / "film" / "sft").is_dir()
+    place.jobs.kill(running.id)
+
+
 def test_a_run_that_runs_is_not_deleted_and_can_be_stopped(place: Place, browser: Any) -> None:
     stage(place.runs, "film", "sft")
     job = place.jobs.submit(["act=run"], title="film: sft", run="film", stage="sft")
