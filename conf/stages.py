@@ -19,6 +19,7 @@ from conf.serving import (
     ServeRolloutStage,
     ServeStage,
 )
+from conf.search import SearchStage
 from conf.training import (
     LABEL_SMOOTHING,
     KTOStage,
@@ -52,6 +53,7 @@ __all__ = [
     "RegistryStage",
     "RewardStage",
     "SFTStage",
+    "SearchStage",
     "ServeRewardStage",
     "ServeRolloutStage",
     "ServeStage",
@@ -279,6 +281,7 @@ STAGES: dict[str, type] = {
     "board": BoardStage,
     "doctor": DoctorStage,
     "chain": ChainStage,
+    "search": SearchStage,
 }
 
 # What the stages are for, in the order in which a project needs them; each schema is in one family.
@@ -290,12 +293,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "use": ("export", "chat", "serve"),
     "keep": ("registry",),
     "serve": ("serve_reward", "serve_rollout"),
-    "run and look": ("board", "chain", "doctor"),
+    "run and look": ("board", "chain", "search", "doctor"),
 }
 
 _OFFLINE = ("run", "model", "adapter", "engine", "data", "tracking", "launch")
 
-# The groups that matter to a stage: what its --help shows. chain and doctor may need any of them.
+# The groups that matter to a stage: what its --help shows. chain, search and doctor may need any of
+# them.
 GROUPS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FAMILIES["train"], _OFFLINE),
     "ppo": (

@@ -52,6 +52,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.labels",
         "rlhf.serving",
     ),
+    # trials are processes: their commands, and what they leave in their run directories
+    "rlhf.search": (*BASE, "rlhf.run", "rlhf.checks", "rlhf.cli", "rlhf.launch"),
     # reads other toolkits' files: knows our options by their declarations alone
     "rlhf.migrate": ("conf", "rlhf.types", "rlhf.process"),
     # starts processes, and imports nothing of what they do
@@ -75,6 +77,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.migrate",
         "rlhf.online",
         "rlhf.registry",
+        "rlhf.search",
         "rlhf.serving",
         "rlhf.offline",
     ),
@@ -91,6 +94,7 @@ IMPORTERS = {
     "wandb": {"rlhf/run/tracking/wandb.py"},
     "label_studio_sdk": {"rlhf/labels/server.py"},
     "ray": {"rlhf/launch/ray.py"},
+    "optuna": {"rlhf/search/study.py"},
 }
 # The one module that names a module of ours as a string: the stage that the command line asks for.
 NAMES_A_STAGE = "rlhf/__main__.py"

@@ -42,6 +42,7 @@ EXTRAS = (
     "labels",
     "labelstudio",
     "quantize",
+    "search",
     "serve",
     "smollm2",
     "tracking",

@@ -80,3 +80,11 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=0.0, abs_tol=0.0)
     return type(left) is type(right) and bool(left == right)
+
+
+def reading(text: str) -> tuple[str, Any]:
+    """The option and the value of an override that Hydra can read; without the ``+`` before it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(text)
+    return override.key_or_group, override.value()

@@ -3,6 +3,7 @@ and always waited for.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -33,6 +34,7 @@ class Command:
     log: Path | None = None  # of what it prints; None: this process's output
     folder: str | None = None  # where it runs; None: where this process does
     error_file: Path | None = None  # in which a rank records its failure, as under torchrun
+    lock: Path | None = None  # a file that is locked as long as the process lives
 
     @property
     def shown(self) -> str:
@@ -55,7 +57,10 @@ class Child:
 
     @classmethod
     def start(cls, command: Command) -> "Child":
-        """Start `command`. It gets SIGTERM when this process ends, however it ends."""
+        """Start `command`. It gets SIGTERM when this process ends, however it ends.
+
+        Raises BlockingIOError where another process has its lock.
+        """
         cores = "any"
         if command.cores is not None:
             cores = ",".join(map(str, sorted(command.cores)))
@@ -69,6 +74,11 @@ class Child:
             if command.log is not None:
                 command.log.parent.mkdir(parents=True, exist_ok=True)
                 output = stack.enter_context(command.log.open("ab"))
+            held: tuple[int, ...] = ()
+            if command.lock is not None:
+                file = stack.enter_context(command.lock.open("ab"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = (file.fileno(),)  # the child's lock too, when this process closes it
             process = subprocess.Popen(
                 [*shim, *command.arguments],
                 env=environment,
@@ -77,6 +87,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
                 start_new_session=True,
+                pass_fds=held,
             )
         return cls(command, process)
 

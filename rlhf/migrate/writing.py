@@ -4,7 +4,7 @@ became of every key.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,27 @@ def experiment_name(path: Path, wished: str | None, taken: Sequence[str]) -> str
 
 def experiment(migration: Migration, source: str) -> str:
     """The YAML of a preset of the group experiment."""
-    presets = {key: value for key, value in migration.options.items() if key in schema.GROUPS}
-    nested: dict[str, Any] = {}
-    for option in sorted(migration.options, key=_place):
-        if option not in presets:
-            _set(nested, option.split("."), migration.options[option])
-    lines = [
-        "# @package _global_",
-        f"# Migrated from {migration.toolkit.title}.",
-        f"# {source}, by stage=migrate; for stage={migration.stage}.",
+    comments = [
+        f"Migrated from {migration.toolkit.title}.",
+        f"{source}, by stage=migrate; for stage={migration.stage}.",
     ]
-    if presets:
-        lines.append("defaults:")
-        lines += [f"  - override /{group}: {preset}" for group, preset in presets.items()]
-        lines.append("")
+    return preset(comments, migration.options)
+
+
+def preset(comments: Sequence[str], options: Mapping[str, Any], base: str | None = None) -> str:
+    """The YAML of a preset of the group experiment. `comments`: its first lines; `options`: values
+    by dotted option, and presets by group; `base`: the experiment that it builds on.
+    """
+    presets = {key: value for key, value in options.items() if key in schema.GROUPS}
+    nested: dict[str, Any] = {}
+    for option in sorted(options, key=_place):
+        if option not in presets:
+            _set(nested, option.split("."), options[option])
+    lines = ["# @package _global_", *(f"# {comment}" for comment in comments)]
+    defaults = [] if base is None else [f"  - {base}"]
+    defaults += [f"  - override /{group}: {name}" for group, name in presets.items()]
+    if defaults:
+        lines += ["defaults:", *defaults, ""]
     body = yaml.safe_dump(nested, sort_keys=False, allow_unicode=True, width=100)
     return "\n".join(lines) + "\n" + (body if nested else "")
 

@@ -33,8 +33,8 @@ LOOKED_UP = "looked_up.json"  # what a way to train found in the rows before it 
 STEPS_FOLDER = "steps"  # of stage=data
 ANSWERS_FOLDER = "answers"  # of stage=label label.mode=export
 # Files of stages that have no checkpoints: these stages check for themselves what is still valid.
-# "export.json" is rlhf.labels.ledger.EXPORT_FILE.
-_OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json")
+# "export.json" is rlhf.labels.ledger.EXPORT_FILE, "trials.journal" rlhf.search.study.JOURNAL.
+_OWN_PROGRESS = (STEPS_FOLDER, ANSWERS_FOLDER, "export.json", "trials.journal")
 NO_MANIFEST = "the run can't go on: restore it, or remove it and lose what it says"
 # Options of an adapter that its weights do not depend on.
 _FREE_OF_ADAPTER = ("adapter.dropout", "adapter.merge_on_save")

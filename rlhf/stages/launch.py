@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.model import EngineConfig, RolloutConfig
 from conf.run import LaunchConfig, LaunchKind, RunConfig
-from conf.stages import ChainStage, DoctorStage, OnlineStage, TrainStage
+from conf.stages import ChainStage, DoctorStage, OnlineStage, SearchStage, TrainStage
 from rlhf.launch import build, commands, local, machine, plan, ray, slurm, torchrun
 from rlhf.launch.build import Meeting, Setup
 from rlhf.launch.plan import Plan
@@ -53,9 +53,9 @@ class Request:
 
 def applies(stage: Any, kind: LaunchKind) -> bool:
     """Whether a stage is launched by `kind`. Stages of one process run in this one, but a SLURM job
-    can have any. A chain launches each of its stages.
+    can have any. A chain launches each of its stages, a search those of its trials.
     """
-    if kind is LaunchKind.none or isinstance(stage, (ChainStage, DoctorStage)):
+    if kind is LaunchKind.none or isinstance(stage, (ChainStage, DoctorStage, SearchStage)):
         return False
     return isinstance(stage, TrainStage) or kind is LaunchKind.slurm
 
@@ -73,6 +73,11 @@ def check(launch: LaunchConfig, stage: Any) -> None:
         raise UserError(
             "launch.slurm.wait=false with stage=chain: a stage would be submitted before the one "
             "that it builds on has ended. Set launch.slurm.wait=true, or submit stage by stage."
+        )
+    if isinstance(stage, SearchStage) and kind is LaunchKind.slurm and not launch.slurm.wait:
+        raise UserError(
+            "launch.slurm.wait=false with stage=search: a trial would seem to end when it is "
+            "submitted. Set launch.slurm.wait=true."
         )
 
 
