@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from rlhf.process.supervision import Stopping
 from rlhf.search.commands import StageRun
 from rlhf.search.running import Outcome, Running, Slot
-from rlhf.search.study import State, Study, Trial
+from rlhf.search.study import Study
+from rlhf.search.trials import State, Trial
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.search")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.search import Direction
-from rlhf.search.study import State, Trial
+from rlhf.search.trials import State, Trial
 
 _BEST, _OTHER, _BEHIND = "#cc5533", "#3366aa", "#999999"
 _DPI = 120

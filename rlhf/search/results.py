@@ -10,7 +10,8 @@ from typing import Any
 
 from rlhf.process.files import json_value
 from rlhf.search.plots import plot_front, plot_history, plot_importance
-from rlhf.search.study import State, Study, Trial
+from rlhf.search.study import Study
+from rlhf.search.trials import State, Trial
 
 TRIALS_FILE, TABLE_FILE = "trials.jsonl", "trials.md"
 PLOTS = "plots"

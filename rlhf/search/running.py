@@ -17,7 +17,7 @@ from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.tracking.files import METRICS_FILE
 from rlhf.search.commands import StageRun
 from rlhf.search.following import Follower
-from rlhf.search.study import Trial
+from rlhf.search.trials import Trial
 from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.search")

@@ -7,18 +7,16 @@ number: a search that goes on draws what it would have drawn without the stop.
 
 import datetime
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from conf.search import Direction, PruneConfig, Pruner, Sampler
-from rlhf.process.libraries import require
+from conf.search import Direction, Pruner, Sampler
+from rlhf.process.libraries import check_installed
 from rlhf.search.space import Kind, Parameter, draw
+from rlhf.search.trials import Plan, State, Trial, pareto_front
 from rlhf.types import UserError
 
 JOURNAL = "trials.journal"
@@ -27,67 +25,6 @@ _REASON, _PRUNED_AT, _STEPS = "reason", "pruned_at", "steps"
 _TREES = 64  # of the forest behind the importances
 # What a setting is drawn by. The rest may change until a trial has values.
 _DRAWN = ("space", "objectives", "sampler", "seed")
-
-
-class State(Enum):
-    """How a trial stands."""
-
-    running = "running"
-    complete = "complete"
-    pruned = "pruned"
-    failed = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A trial: its setting, and what came of it."""
-
-    number: int
-    state: State
-    setting: Mapping[str, Any]  # values by option
-    values: tuple[float, ...] = ()  # of the objectives, in their order; only of complete trials
-    last: float | None = None  # a pruned trial's last value of the metric that is compared
-    reason: str = ""  # of a failure, or of a stop
-    steps: int | None = None  # that it trained
-    seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a search does, apart from how its trials run."""
-
-    parameters: Sequence[Parameter]
-    directions: Mapping[str, Direction]  # by the objectives' names
-    seed: int
-    sampler: Sampler = Sampler.tpe
-    startup: int = 10
-    prune: PruneConfig = field(default_factory=PruneConfig)
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what else must not change in between
-
-    def identity(self) -> dict[str, Any]:
-        """What a search that goes on must have in common with its beginning, as JSON holds it."""
-        space = [_identity(parameter) for parameter in self.parameters]
-        directions = [[name, direction.value] for name, direction in self.directions.items()]
-        rule = {"kind": self.prune.kind.value, "metric": self.prune.metric}
-        plain = {
-            "space": space,
-            "objectives": directions,
-            "sampler": self.sampler.value,
-            "seed": self.seed,
-            "prune": rule,
-            **self.facts,
-        }
-        copied: dict[str, Any] = json.loads(json.dumps(plain))
-        return copied
-
-
-def _identity(parameter: Parameter) -> dict[str, Any]:
-    return {
-        "option": parameter.key,
-        "range": [parameter.low, parameter.high, parameter.log, parameter.step],
-        "choices": list(parameter.labels),
-        "when": {key: list(values) for key, values in parameter.when.items()},
-    }
 
 
 class _NoLock:
@@ -109,7 +46,9 @@ class Study:
         """`path`: the journal; a journal that is there goes on. Raises UserError where its search
         was another, or where optuna is missing.
         """
-        optuna = require("optuna", "search")
+        check_installed("optuna", "search")
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna, self.plan = optuna, plan
         cut_torn_line(path)
@@ -329,22 +268,6 @@ class Study:
                 self._study, evaluator=evaluator, target=lambda trial: trial.values[place]
             )
         return {key: float(share) for key, share in shares.items()}
-
-
-def pareto_front(ordered: Sequence[Trial], losses: Any) -> list[Trial]:
-    """Of trials in the order of their losses those that no other is at least as good as in all
-    objectives and better in one. Of equal trials the first.
-    """
-    front: list[Trial] = []
-    for trial in ordered:
-        own = losses(trial)
-        if not any(_covers(losses(other), own) for other in front):
-            front.append(trial)
-    return front
-
-
-def _covers(left: Sequence[float], right: Sequence[float]) -> bool:
-    return all(one <= other for one, other in zip(left, right, strict=True))
 
 
 def _last(frozen: Any) -> float | None:

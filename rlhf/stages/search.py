@@ -24,7 +24,8 @@ from rlhf.search.commands import TRIALS, Commands
 from rlhf.search.loop import Goal, Rules, Search
 from rlhf.search.running import is_held
 from rlhf.search.space import Parameter, parameters
-from rlhf.search.study import JOURNAL, Plan, State, Study, Trial
+from rlhf.search.study import JOURNAL, Study
+from rlhf.search.trials import Plan, State, Trial
 from rlhf.search.workers import slots
 from rlhf.types import UserError
 

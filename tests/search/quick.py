@@ -17,7 +17,8 @@ from rlhf.search.commands import StageRun
 from rlhf.search.loop import Goal, Rules, Search
 from rlhf.search.running import Slot
 from rlhf.search.space import Kind, Parameter
-from rlhf.search.study import JOURNAL, Plan, Study, Trial
+from rlhf.search.study import JOURNAL, Study
+from rlhf.search.trials import Plan, Trial
 
 SCRIPT = Path(__file__).with_name("stand_in.py")
 SPACE = (

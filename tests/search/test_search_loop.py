@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from conf.search import PruneConfig, Pruner, Sampler
-from rlhf.search.study import JOURNAL, State, Study
+from rlhf.search.study import JOURNAL, Study
+from rlhf.search.trials import State
 from rlhf.types import UserError
 from tests.search.quick import SPACE, QuickCommands, plain, plan, search
 from tests.search.stand_in import value_at

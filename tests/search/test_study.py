@@ -9,7 +9,8 @@ import pytest
 from conf.search import Direction, Sampler
 from rlhf.search import results
 from rlhf.search.space import Kind, Parameter
-from rlhf.search.study import Plan, State, Study
+from rlhf.search.study import Study
+from rlhf.search.trials import Plan, State
 from rlhf.types import UserError
 from tests.search.quick import SPACE, plan
 

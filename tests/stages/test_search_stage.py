@@ -17,6 +17,7 @@ from conf.stages import STAGES
 from rlhf.cli import config
 from rlhf.cli.options import valid_keys
 from rlhf.run.context import RunContext
+from rlhf.search.commands import Commands
 from rlhf.search.results import TABLE_FILE, TRIALS_FILE
 from rlhf.stages import search
 from rlhf.types import UserError
@@ -42,12 +43,8 @@ class Renamed(QuickCommands):
 
     def __init__(self, stage: Any, run: Any, folder: Path, argv: Sequence[str], group: str) -> None:
         super().__init__(folder)
-        self.shared = [*argv, *(f"stage.{key}={value}" for key, value in stage.options.items())]
-
-    def check(self, parameters: Any) -> None: ...
-
-    def own(self) -> list[str]:
-        return [text for text in self.shared if not text.lstrip("+").startswith("stage")]
+        self.real = Commands(stage, run, folder, argv, group)
+        self.check, self.own = self.real.check, self.real.own
 
     def stages(self, number: int, setting: Any) -> list[Any]:
         made = super().stages(number, {"stage.x": setting["stage.learning_rate"]})
