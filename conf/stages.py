@@ -13,13 +13,13 @@ from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
 from conf.reward import EvalStage, ServeRewardStage
 from conf.run import WatchConfig
+from conf.search import SearchStage
 from conf.serving import (
     ChatStage,
     RegistryStage,
     ServeRolloutStage,
     ServeStage,
 )
-from conf.search import SearchStage
 from conf.training import (
     LABEL_SMOOTHING,
     KTOStage,
