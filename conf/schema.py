@@ -8,7 +8,7 @@ Each group's options are in a module:
     data, migrate                     conf/data.py, conf/preparation/
     label                             conf/labelling.py
     stage                             conf/stages.py, conf/training.py, conf/online.py,
-                                      conf/schedule.py, conf/search.py
+                                      conf/schedule.py, conf/methods.py (search)
 
 Conventions of all of them: every field is an ``option(...)`` (conf/options.py); ``slots`` and
 ``kw_only``, so that OmegaConf refuses unknown keys (also those added with ``+``); enumerations

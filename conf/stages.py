@@ -9,11 +9,11 @@ from enum import Enum
 from conf.choices import CPOLoss, Dtype
 from conf.data import MigrateStage
 from conf.labelling import LabelStage
+from conf.methods import SearchStage
 from conf.online import OnlineStage
 from conf.options import check, check_options, option, same_option
 from conf.reward import EvalStage, ServeRewardStage
 from conf.run import WatchConfig
-from conf.search import SearchStage
 from conf.serving import (
     ChatStage,
     RegistryStage,

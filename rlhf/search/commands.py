@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.methods import SearchStage
 from conf.run import RunConfig
 from conf.schema import GROUPS
-from conf.search import SearchStage
 from rlhf.cli import config, writing
 from rlhf.run.directory import run_directory
 from rlhf.search.space import Parameter, complete

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.search import Direction
+from conf.methods import Direction
 from rlhf.search.trials import State, Trial
 
 _BEST, _OTHER, _BEHIND = "#cc5533", "#3366aa", "#999999"

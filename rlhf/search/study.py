@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.search import Direction, Pruner, Sampler
+from conf.methods import Direction, Pruner, Sampler
 from rlhf.process.libraries import check_installed
 from rlhf.search.space import Kind, Parameter, draw
 from rlhf.search.trials import Plan, State, Trial, pareto_front

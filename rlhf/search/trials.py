@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from conf.search import Direction, PruneConfig, Sampler
+from conf.methods import Direction, PruneConfig, Sampler
 from rlhf.search.space import Parameter
 
 

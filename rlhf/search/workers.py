@@ -2,7 +2,7 @@
 
 import os
 
-from conf.search import SearchStage
+from conf.methods import SearchStage
 from rlhf.launch.machine import parse_cores
 from rlhf.process.devices import visible_devices
 from rlhf.search.running import Slot

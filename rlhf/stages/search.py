@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf.methods import Pruner, Sampler, SearchStage
 from conf.run import RunConfig, TrackingConfig
-from conf.search import Pruner, Sampler, SearchStage
 from conf.stages import FAMILIES
 from rlhf.cli import config, presets
 from rlhf.migrate import writing

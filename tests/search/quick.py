@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.search import Direction, PruneConfig, Sampler
+from conf.methods import Direction, PruneConfig, Sampler
 from rlhf.search.commands import StageRun
 from rlhf.search.loop import Goal, Rules, Search
 from rlhf.search.running import Slot

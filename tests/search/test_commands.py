@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from conf.methods import SearchStage
 from conf.run import RunConfig
-from conf.search import SearchStage
 from rlhf.cli import config
 from rlhf.migrate.writing import preset
 from rlhf.search.commands import Commands

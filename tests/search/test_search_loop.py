@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.search import PruneConfig, Pruner, Sampler
+from conf.methods import PruneConfig, Pruner, Sampler
 from rlhf.search.study import JOURNAL, Study
 from rlhf.search.trials import State
 from rlhf.types import UserError

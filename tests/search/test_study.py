@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.search import Direction, Sampler
+from conf.methods import Direction, Sampler
 from rlhf.search import results
 from rlhf.search.space import Kind, Parameter
 from rlhf.search.study import Study

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conf.search import Direction, ObjectiveConfig
+from conf.methods import Direction, ObjectiveConfig
 from conf.stages import STAGES
 from rlhf.cli import config
 from rlhf.cli.options import valid_keys
