@@ -1,11 +1,13 @@
-"""Options of ``stage=label``: the group ``label``."""
+"""How answers are judged: the group ``label``, by people (``stage=label``), and the group ``tasks``,
+by programs (``stage=eval``).
+"""
 
 import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from conf.choices import ChoiceMethod, LabelKind, LabelMode, LabelTarget, Strength
+from conf.choices import ChoiceMethod, Isolation, LabelKind, LabelMode, LabelTarget, Strength
 from conf.options import check, check_options, names, nested, option
 
 
@@ -244,3 +246,135 @@ class LabelStage:
     """
 
     name: str = option("label", "Name of the preset; stage=NAME sets it.")
+
+
+# ---- tasks ----
+
+
+class TaskKind(Enum):
+    """What a policy does with a row of a task."""
+
+    generation = "generation"  # it writes an answer
+    loglikelihood = "loglikelihood"  # its log-probabilities of given texts are taken
+
+
+class RowShape(Enum):
+    """How a task's file says things (eval/tasks/shapes.py)."""
+
+    auto = "auto"
+    plain = "plain"  # the columns as they are
+    mmlu = "mmlu"
+    lettered = "lettered"  # C-Eval, CMMLU
+    gsm8k = "gsm8k"
+    humaneval = "humaneval"
+    truthfulqa_mc1 = "truthfulqa_mc1"
+    truthfulqa_mc2 = "truthfulqa_mc2"
+    hellaswag = "hellaswag"
+    ifeval = "ifeval"
+
+
+class TaskMetric(Enum):
+    """What is counted of a task's answers (eval/tasks/, rlhf/stages/evaluation/)."""
+
+    exact = "exact"
+    numeric = "numeric"
+    math = "math"
+    choice = "choice"
+    code = "code"
+    instructions = "instructions"  # all constraints of the row
+    instructions_loose = "instructions_loose"
+    instructions_share = "instructions_share"
+    bleu = "bleu"
+    chrf = "chrf"
+    rouge_1 = "rouge_1"
+    rouge_2 = "rouge_2"
+    rouge_l = "rouge_l"
+    accuracy = "accuracy"
+    accuracy_norm = "accuracy_norm"  # by the length of each choice
+    probability = "probability"  # of the right choices, among all (TruthfulQA's mc2)
+    token_perplexity = "token_perplexity"
+    byte_perplexity = "byte_perplexity"
+    word_perplexity = "word_perplexity"
+
+
+PERPLEXITIES = tuple(metric for metric in TaskMetric if metric.value.endswith("perplexity"))
+OF_CHOICES = (TaskMetric.accuracy, TaskMetric.accuracy_norm, TaskMetric.probability)
+# whose answers have one short form, so that a majority can be taken
+VOTING = (TaskMetric.exact, TaskMetric.numeric, TaskMetric.math, TaskMetric.choice)
+# 1 or 0 of each answer
+TRUE_OR_FALSE = (*VOTING, TaskMetric.code, TaskMetric.instructions, TaskMetric.instructions_loose)
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """A task that stage=eval measures policies on: a file of rows, how a row is asked, and what is
+    counted. A text such as prompt may hold a row's columns: {question}, and {options}, its choices
+    a line each behind letters.
+    """
+
+    path: str | None = option(None, "File of rows: JSON, JSONL, CSV, Parquet or XLSX.")
+    shape: RowShape = option(RowShape.auto, "Shape of the rows; auto: by their columns.")
+    columns: dict[str, Any] = option({}, "A shape's column: the file's column.")
+    rows: int | None = option(None, "Take the first rows only; null: all.", at_least=1)
+    max_bad_rows: int = option(0, "Rows that may not fit before the run stops.", at_least=0)
+    kind: TaskKind = option(TaskKind.generation, "Write an answer, or score given texts.")
+    metrics: list[TaskMetric] = option([], "What is counted; the first one leads the report.")
+    prompt: str = option("{question}", "What a row asks.", section="how a row is asked")
+    target: str = option("{answer}", "What an example shows as its answer; what perplexity is of.")
+    letters_only: bool = option(False, "Score the choices' letters in place of their texts.")
+    delimiter: str = option(" ", "Text between prompt and target in a plain prompt.")
+    chat: bool = option(False, "Ask by the policy's chat template; false: a plain prompt.")
+    system: str | None = option(None, "System message; in a plain prompt the text that begins it.")
+    fewshot: int = option(0, "Examples before each row, never the row itself.", at_least=0)
+    fewshot_path: str | None = option(None, "File of the examples; null: the task's own rows.")
+    fewshot_seed: int | None = option(
+        None, "Draw each row's examples by this seed; null: the first ones."
+    )
+    separator: str = option("\n\n", "Text between examples in a plain prompt.")
+    cut_prompts: bool = option(False, "Keep the end of prompts that are too long for the model.")
+    max_tokens: int = option(
+        256, "Longest answer.", unit="tokens", at_least=1, section="kind=generation"
+    )
+    stops: list[str] = option([], "Texts that end an answer; they are no part of it.")
+    temperature: float = option(0.0, "Temperature of sampling; 0: greedy.", at_least=0)
+    top_p: float = option(1.0, "As rollout.top_p.", above=0, at_most=1)
+    samples: int = option(1, "Answers to a row.", at_least=1)
+    pass_at: list[int] = option([], "k of pass@k: of k answers one is right.")
+    majority_at: list[int] = option([], "k of maj@k: the commonest of k answers is right.")
+    answer: str = option("answer", "Column that an answer is compared with.")
+    pattern: str | None = option(
+        None,
+        "Regular expression: its first group, or its match, in the answer is what counts; an "
+        "answer without it is wrong.",
+        section="what of an answer counts",
+    )
+    last_match: bool = option(True, "Take the pattern's last match; false: the first.")
+    marker: str | None = option(None, "As reward.terms.<name>.marker.")
+    ignore_case: bool = option(True, "exact: upper and lower case are equal.")
+    ignore_punctuation: bool = option(True, "exact: punctuation makes no difference.")
+    tolerance: float = option(1e-6, "numeric: as reward.terms.<name>.tolerance.", at_least=0)
+    time_limit_s: float = option(5.0, "code: CPU time of each test.", unit="s", above=0)
+    memory_mb: int = option(512, "code: address space of a process.", unit="MB", at_least=64)
+    isolation: Isolation = option(Isolation.auto, "code: how it is kept apart.")
+
+    def check(self, key: str) -> None:
+        """Check ranges and relations; `key` is the task's dotted name."""
+        check_options(self, key)
+        writes = self.kind is TaskKind.generation
+        texts = [m for m in TaskMetric if m not in (*OF_CHOICES, *PERPLEXITIES)]
+        fitting = texts if writes else [*OF_CHOICES, *PERPLEXITIES]
+        wrong = [metric.value for metric in self.metrics if metric not in fitting]
+        kind = f"with kind={self.kind.value} of {', '.join(names(fitting))}"
+        check(bool(self.metrics) and not wrong, f"{key}.metrics", names(self.metrics), kind)
+        scored = {metric in PERPLEXITIES for metric in self.metrics}
+        one_kind = "perplexities alone, or none: a row has a target or choices"
+        check(len(scored) == 1, f"{key}.metrics", names(self.metrics), one_kind)
+        greedy = "1 with temperature=0, whose answers are all the same"
+        check(self.temperature > 0 or self.samples == 1, f"{key}.samples", self.samples, greedy)
+        for name, voting in (("pass_at", TRUE_OR_FALSE), ("majority_at", VOTING)):
+            asked = getattr(self, name)
+            sizes = all(1 <= k <= self.samples for k in asked)
+            check(sizes, f"{key}.{name}", asked, f"numbers from 1 to samples={self.samples}")
+            fits = not asked or self.metrics[0] in voting
+            first = f"[] with {self.metrics[0].value} as the first metric"
+            check(fits, f"{key}.{name}", asked, f"{first}, or one of {', '.join(names(voting))}")

@@ -6,7 +6,7 @@ Each group's options are in a module:
     adapter                           conf/adapters.py, conf/methods.py
     reward, environment               conf/reward.py
     data, migrate                     conf/data.py, conf/preparation/
-    label                             conf/labelling.py
+    label, tasks                      conf/labelling.py
     stage                             conf/stages.py, conf/training.py, conf/online.py,
                                       conf/schedule.py, conf/methods.py (search)
 
@@ -25,7 +25,7 @@ from conf import published
 from conf.adapters import AdapterConfig, facts_of
 from conf.choices import AdapterKind, Advantage, Carrier, LoraSync, RolloutBackend
 from conf.data import DataConfig, GymConfig, MigrateConfig, SourceConfig
-from conf.labelling import LabelConfig
+from conf.labelling import LabelConfig, TaskConfig
 from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
 from conf.options import MISSING, nested, option
@@ -34,6 +34,7 @@ from conf.run import LaunchConfig, RunConfig, TrackingConfig
 
 __all__ = [
     "GROUPS",
+    "ITEM_GROUPS",
     "MISSING",
     "AdapterConfig",
     "Config",
@@ -50,6 +51,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SourceConfig",
+    "TaskConfig",
     "TinyConfig",
     "TrackingConfig",
     "facts_of",
@@ -74,12 +76,17 @@ class Config:
     reward: RewardConfig = nested(RewardConfig)
     data: DataConfig = nested(DataConfig)
     label: LabelConfig = nested(LabelConfig)
+    tasks: dict[str, TaskConfig] = option(
+        {}, "What stage=eval measures policies on, by name; task=[NAME,NAME] takes presets."
+    )
     migrate: MigrateConfig = nested(MigrateConfig)
     tracking: TrackingConfig = nested(TrackingConfig)
     launch: LaunchConfig = nested(LaunchConfig)
 
     def __post_init__(self) -> None:
         """Learning rates that are left out become the published ones for stage and adapter."""
+        for name, task in self.tasks.items():
+            task.check(f"tasks.{name}")
         published.fill(self.stage, self.adapter.kind)
 
     def stage_as(self, kind: type[_Stage]) -> _Stage:
@@ -101,6 +108,9 @@ GROUPS: dict[str, type] = {
     "tracking": TrackingConfig,
     "launch": LaunchConfig,
 }
+
+# Groups whose presets fill items of a dictionary of `Config`; several are chosen as a list.
+ITEM_GROUPS: dict[str, type] = {"task": TaskConfig}
 
 
 def generator_of(backend: RolloutBackend) -> RolloutBackend:

@@ -1,8 +1,8 @@
 """Figures of episodes, each a number for every rollout. Pure functions."""
 
-import math
 from collections.abc import Sequence
 
+from eval.tasks.estimators import pass_at
 from rlhf.types import Rollout
 
 
@@ -27,7 +27,7 @@ def episode_figures(rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
 def pass_at_k(ids: Sequence[str], succeeded: Sequence[bool]) -> dict[str, list[float]]:
     """``pass_at_<k>`` [B] for k = 2, 4, 8 and so on, up to the fewest samples of a prompt: the
     chance that at least one of k samples of a response's prompt succeeds, without bias
-    (1 - C(n - c, k) / C(n, k); Chen et al. 2021, arXiv:2107.03374). `ids` [B] name the prompts.
+    (`eval.tasks.estimators.pass_at`). `ids` [B] name the prompts.
     """
     groups: dict[str, list[bool]] = {}
     for prompt, success in zip(ids, succeeded, strict=True):
@@ -38,8 +38,7 @@ def pass_at_k(ids: Sequence[str], succeeded: Sequence[bool]) -> dict[str, list[f
     while k <= fewest:
         chances = {}
         for prompt, group in groups.items():
-            failed = len(group) - sum(group)
-            chances[prompt] = 1 - math.comb(failed, k) / math.comb(len(group), k)
+            chances[prompt] = pass_at(len(group), sum(group), k)
         out[f"pass_at_{k}"] = [chances[prompt] for prompt in ids]
         k *= 2
     return out

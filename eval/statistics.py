@@ -3,7 +3,7 @@ functions, float64.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -116,6 +116,62 @@ def paired_difference(
         resamples=resamples,
         seed=seed,
     )
+
+
+# From sums over rows, [..., S], to a figure, [...].
+Figure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def bootstrap_totals(
+    totals: NDArray[np.float64], figure: Figure, *, resamples: int, seed: int
+) -> Interval:
+    """A figure of sums over rows, such as BLEU or a perplexity, with its 95 % percentile bootstrap
+    interval by row. `totals`: [N, S], what each row adds. Raises ValueError without rows.
+    """
+    if totals.ndim != 2 or len(totals) == 0 or resamples < 1:
+        raise ValueError(
+            f"expected totals [N, S] with N >= 1 and resamples >= 1, found {totals.shape}, "
+            f"{resamples}"
+        )
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // totals.size)
+    figures = []
+    for done in range(0, resamples, block):
+        size = (min(block, resamples - done), len(totals))
+        figures.append(figure(totals[rng.integers(0, len(totals), size)].sum(axis=1)))
+    low, high = np.quantile(np.concatenate(figures), [0.025, 0.975])
+    return Interval(float(figure(totals.sum(axis=0))), float(low), float(high))
+
+
+def paired_totals(
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    figure: Figure,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """The figure of `after` less that of `before`, both [N, S] of the same rows, with its 95 %
+    interval: rows are resampled for both together.
+    """
+    size = before.shape[1]
+
+    def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(figure(sums[..., size:]) - figure(sums[..., :size]))
+
+    both = np.concatenate([before, after], axis=1)
+    return bootstrap_totals(both, difference, resamples=resamples, seed=seed)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """The two-sided p-value of McNemar's exact test (1947) that both are right equally often, from
+    the rows where only one of them is; 1 where there is none.
+    """
+    lost = sum(old and not new for old, new in zip(before, after, strict=True))
+    won = sum(new and not old for old, new in zip(before, after, strict=True))
+    count = lost + won
+    tail = sum(math.comb(count, k) for k in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:

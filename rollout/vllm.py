@@ -37,6 +37,7 @@ from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_che
 # longer than most prompts
 _CPU_BLOCK = 32
 _CPU_BATCH = 4096  # tokens of a pass, vLLM's own default
+Rows = Sequence[Sequence[int]]  # of token ids
 
 
 def takes_loras(architecture: str) -> bool:
@@ -114,8 +115,7 @@ class VLLMGenerator:
         self._loras: dict[str, Any] = {}  # vLLM's requests for adapters, by name
         self._lora: Any = None  # the one that writes
         self._sleeps = cfg.sleep
-        # then starting the engine makes a group of one
-        self._made_group = not torch.distributed.is_initialized()
+        self._made_group = not torch.distributed.is_initialized()  # of one, by starting the engine
         with engine_environment():
             from vllm import LLM
             from vllm.model_executor.models.transformers import base as transformers_backend
@@ -155,9 +155,7 @@ class VLLMGenerator:
         return lora_options(rank, wished)
 
     def _write_once(self, max_tokens: int) -> None:
-        """A response of up to two tokens: some layers find only now that they have no code for
-        their sizes.
-        """
+        """Up to two tokens: some layers find only now that they have no code for their sizes."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -260,28 +258,33 @@ class VLLMGenerator:
         """log p(token_ids[i] | token_ids[:i]) in nats for i >= 1, at temperature 1: length
         len(token_ids) - 1.
         """
+        return self.logprobs_behind([token_ids[:-1]], [token_ids[-1:]])[0]
+
+    def logprobs_behind(
+        self, contexts: Rows, lasts: Rows, *, whole: bool = True
+    ) -> list[list[float]]:
+        """For each context the logprobs of its tokens from the second on, then of each of `lasts`
+        (up to 128) as the next one. Without `whole` of `lasts` alone: contexts share prefixes then.
+        """
         from vllm import SamplingParams
 
         self._wake()
-        *context, last = token_ids
-        # The last token is asked for by name at the first position generated, so that a sequence of
-        # max_tokens fits as well.
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            logprobs=1,
-            logprob_token_ids=[last],
-            detokenize=False,
-        )
-        (output,) = self._llm.generate(
-            [self._request(context)], params, use_tqdm=False, lora_request=self._lora
-        )
-        known = output.prompt_logprobs[-len(context) :]  # virtual tokens have some, too
-        of_prompt = [
-            position[token].logprob for position, token in zip(known[1:], context[1:], strict=True)
+        common = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
+        common["prompt_logprobs"] = 0 if whole else None
+        # By name at the first position generated, so that a sequence of max_tokens fits as well.
+        params = [
+            SamplingParams(logprobs=len(asked), logprob_token_ids=list(asked), **common)
+            for asked in lasts
         ]
-        return [*of_prompt, output.outputs[0].logprobs[0][last].logprob]
+        requests = [self._request(context) for context in contexts]
+        outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        out = []
+        for output, context, asked in zip(outputs, contexts, lasts, strict=True):
+            known = output.prompt_logprobs[-len(context) :] if whole else []  # behind virtual ones
+            pairs = [*zip(known[1:], context[1:], strict=False)]
+            pairs += [(output.outputs[0].logprobs[0], token) for token in asked]
+            out.append([position[token].logprob for position, token in pairs])
+        return out
 
     def sync(self, weights: FullWeights | AdapterWeights, version: int) -> None:
         """Take over the trainer's weights and forget every prefix computed with the old ones.
@@ -351,15 +354,12 @@ class VLLMGenerator:
         name, folder = weights.name, str(self._adapter.folder(weights.name))
         number = 1 + list({**self._loras, name: None}).index(name)
         self._llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
-        # From here on requests name the adapter only: with load_inplace they would read the file
-        # again at every step.
+        # Requests name the adapter only: with load_inplace each step would read its file again.
         self._loras[name] = LoRARequest(name, number, folder)
         self._lora = self._loras[name]
 
     def choose(self, name: str) -> None:
-        """Write with the adapter that was synced under this name; the engine reads its files again
-        where another took its place.
-        """
+        """Write with the adapter synced under this name; its files are read again where needed."""
         self._lora = self._loras[name]
 
     def checksums(self) -> dict[str, str]:
@@ -375,10 +375,9 @@ class VLLMGenerator:
                 lambda model: held_checksums(model, list(self.sent), shapes)
             )
             return checksums
-        results = self._llm.apply_model(
+        (checksums,) = self._llm.apply_model(  # one worker
             lambda model: readable_checksums(model, self._specs, self.version)
         )
-        (checksums,) = results  # one worker
         self._readable = frozenset(checksums)
         return checksums
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import GROUPS, Config
+from conf.schema import GROUPS, ITEM_GROUPS, Config
 from conf.stages import STAGES
 from rlhf.cli.options import ANYTHING, NAME, general, parents, valid_keys
 from rlhf.cli.presets import CONF_DIR, PRESET_GROUPS, choices, nearest, preset_text, stage_schema
@@ -30,7 +30,7 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
-    for name, node in GROUPS.items():
+    for name, node in (GROUPS | ITEM_GROUPS).items():
         store.store(group="schema", name=name, node=node)
     for name, node in STAGES.items():
         store.store(group="schema/stage", name=name, node=node)
@@ -359,11 +359,12 @@ def _check_preset(override: Any, folders: Sequence[Path]) -> None:
         return
     own = [path.stem for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
     known = [*choices(group), *own]
-    if str(value) not in known:
-        raise UserError(
-            f"{group}={value}: no such preset. Presets of {group}: {', '.join(known)}. "
-            f"Nearest: {group}={nearest(str(value), known)}."
-        )
+    for name in map(str, value if isinstance(value, list) else [value]):
+        if name not in known:
+            raise UserError(
+                f"{group}={name}: no such preset. Presets of {group}: {', '.join(known)}. "
+                f"Nearest: {group}={nearest(name, known)}."
+            )
 
 
 def _check_key(override: Any, keys: Sequence[str], of_stage: str) -> None:

@@ -217,7 +217,7 @@ def stage_help(cfg: Config) -> str:
     name = cfg.stage.name
     schema = stage_schema(name)
     groups = {"stage": STAGES[schema], **_groups(schema)}
-    described = {group: list(options_of(cls, f"{group}.")) for group, cls in groups.items()}
+    described = {group: list(options_of(cls, _prefix(group))) for group, cls in groups.items()}
     lines = [f"stage={name}: {summary('stage', name)}", ""]
     lines += _changed(cfg, described)
     for group, cls in groups.items():
@@ -228,12 +228,18 @@ def stage_help(cfg: Config) -> str:
     return "\n".join([*lines, "", FLAGS])
 
 
+def _prefix(group: str) -> str:
+    """What the options of a group begin with."""
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    return f"{group}." if is_group(fields[group]) or group == "stage" else f"{group}.{NAME}."
+
+
 def _groups(schema: str) -> dict[str, type]:
     """The groups that a stage reads, in the order of the configuration."""
     fields = dataclasses.fields(Config)
     names = GROUPS_OF.get(schema)
     return {
-        field.name: field.type  # type: ignore[misc]
+        field.name: item_type(field.type) or field.type
         for field in fields
         if field.name != "stage" and (names is None or field.name in names)
     }

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import conf
 from conf.schema import GROUPS as CONFIG_GROUPS
+from conf.schema import ITEM_GROUPS
 from conf.stages import FAMILIES, STAGES
 from rlhf.types import UserError
 
 CONF_DIR = Path(conf.__file__).resolve().parent
-PRESET_GROUPS = ("stage", *CONFIG_GROUPS, "experiment")
+PRESET_GROUPS = ("stage", *CONFIG_GROUPS, *ITEM_GROUPS, "experiment")
 # Schemas whose stage is in a module of another name.
 _MODULES = {
     "ppo": "online",

@@ -13,10 +13,17 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from conf.preparation import STEPS
-from conf.schema import GROUPS, Config
+from conf.schema import GROUPS, ITEM_GROUPS, Config
 from conf.stages import STAGES, OfflineStage, TrainStage
 from rlhf.cli.json_schema import json_schema
-from rlhf.cli.options import Described, options_of, plain_doc, value_text
+from rlhf.cli.options import (
+    NAME,
+    Described,
+    item_type,
+    options_of,
+    plain_doc,
+    value_text,
+)
 from rlhf.cli.presets import CONF_DIR, choices, stage_schema, summary
 
 PAGE = CONF_DIR.parent / "docs" / "configuration.md"
@@ -47,6 +54,8 @@ def page() -> str:
                 presets = ", ".join(f"`{field.name}={name}`" for name in choices(field.name))
                 title += f"\nPresets: {presets}.\n"
             parts += [title, *_tables(list(options_of(field.type, f"{field.name}.")))]
+        else:
+            parts += _items(field.name, item_type(field.type))
     parts.append(
         "## Steps of data.pipeline\n\n"
         "A step is its name, or `{step: NAME, option: value ...}`; "
@@ -55,6 +64,16 @@ def page() -> str:
     for name, step in STEPS.items():
         parts += [f"### {name}\n\n{_prose(step)}\n", *_tables(list(options_of(step, "")))]
     return "\n".join(parts)
+
+
+def _items(name: str, cls: type) -> Iterator[str]:
+    """A dictionary of groups of options."""
+    yield f"## {name}\n\n{_prose(cls)}\n"
+    for group, item in ITEM_GROUPS.items():
+        if item is cls:
+            presets = ", ".join(f"`{preset}`" for preset in choices(group))
+            yield f"Presets, several as `{group}=[NAME,NAME]`: {presets}.\n"
+    yield from _tables(list(options_of(cls, f"{name}.{NAME}.")))
 
 
 def _stages() -> Iterator[str]:

@@ -234,7 +234,6 @@ def response_kl(
     return out
 
 
-@torch.inference_mode()
 def _response_logprobs(
     module: PolicyModule, rollouts: Sequence[Rollout], pad_id: int, micro_tokens: int
 ) -> list[Tensor]:
@@ -242,7 +241,26 @@ def _response_logprobs(
     prompts = [rollout.prompt.token_ids for rollout in rollouts]
     responses = [rollout.token_ids for rollout in rollouts]
     written = [rollout.written for rollout in rollouts]
-    batch: Batch = collate(prompts, responses, pad_id, distributed.device(), written)
+    return sequence_logprobs(
+        module, prompts, responses, written, pad_id=pad_id, micro_tokens=micro_tokens
+    )
+
+
+@torch.inference_mode()
+def sequence_logprobs(
+    module: PolicyModule,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    counted: Sequence[Sequence[bool]] | None = None,
+    *,
+    pad_id: int,
+    micro_tokens: int,
+) -> list[Tensor]:
+    """The logprobs in nats of each response's tokens behind its prompt, those that are `counted`
+    (None: all).
+    """
+    device = distributed.device()
+    batch: Batch = collate(prompts, responses, pad_id, device, counted)
     out: dict[int, Tensor] = {}
     for rows in plan_micro_batches(batch.lengths.tolist(), micro_tokens):
         part = batch.select(rows)
@@ -250,4 +268,4 @@ def _response_logprobs(
         logprobs = module(*inputs)[0]
         for row, values, mask in zip(rows, logprobs, part.response_mask, strict=True):
             out[row] = values[mask]
-    return [out[row] for row in range(len(rollouts))]
+    return [out[row] for row in range(len(responses))]

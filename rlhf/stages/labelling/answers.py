@@ -5,7 +5,6 @@ scored by the reward, one policy after the other.
 import dataclasses
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from rlhf.data import reading
 from rlhf.data.loading import DataRequest
 from rlhf.labels.candidates import Response
 from rlhf.labels.kept_answers import answers_key, read_kept, write_kept
-from rlhf.models.directories import check_model_path
-from rlhf.models.loading import load_causal_lm, load_tokenizer, starts_whole, write_whole
+from rlhf.models.loading import load_tokenizer
 from rlhf.process.files import digest
 from rlhf.process.supervision import Clock
 from rlhf.run.directory import ANSWERS_FOLDER
+from rlhf.stages.evaluation.engines import engine_of
 from rlhf.stages.labelling.scoring import score
 from rlhf.types import Generator, Prompt, Rollout, UserError
 from rollout import make_generator
@@ -122,36 +121,12 @@ def write_answers(
 def _generate(
     policy: Policy, count: int, make: Callable[..., Generator], start: Path
 ) -> list[Rollout]:
-    """Start an engine on the policy, let it generate, and free it.
-
-    An adapter or a GGUF file is first written to `start` as a whole model, which engines need.
-    """
-    model, tokenizer = policy.model, policy.tokenizer
-    folder = Path(str(model.path)).expanduser()
-    held = check_model_path(model.path)
-    if held.is_native:
-        path = held.weights
-    elif starts_whole(model):
-        path = str(folder) if folder.is_dir() else str(model.path)
-    else:
-        path = write_whole(load_causal_lm(model, tokenizer), tokenizer, start)
-        model = dataclasses.replace(model, path=path, gguf_file=None)
+    """Start an engine on the policy, let it generate, and free it."""
     LOG.info(
         "%s writes %d responses to each of %d prompts.",
         policy.model.path,
         count,
         len(policy.prompts),
     )
-    try:
-        generator = make(
-            model_path=path,
-            tokenizer=tokenizer,
-            model_factory=lambda: load_causal_lm(model, tokenizer, native=True),
-            native=held.is_native,
-        )
-        try:
-            return generator.generate(policy.prompts, n=count, seed=policy.seed)
-        finally:
-            generator.close()
-    finally:
-        shutil.rmtree(start, ignore_errors=True)
+    with engine_of(policy.model, policy.tokenizer, make, start) as generator:
+        return generator.generate(policy.prompts, n=count, seed=policy.seed)

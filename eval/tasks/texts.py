@@ -1,0 +1,130 @@
+"""How alike an answer and its references are: ROUGE, chrF and BLEU. Pure functions; BLEU's tokens
+and counts are sacrebleu's.
+
+BLEU and chrF are figures of all rows together: each row gives counts, whose sums are the figure.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.types import UserError
+
+# Letters and digits, in lower case; each Chinese character by itself.
+_WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff]+")
+_CHRF_ORDERS, _CHRF_BETA = 6, 2.0  # Popovic 2015: chrF2 of up to 6 characters
+_BLEU_ORDERS = 4
+
+
+def rouge_words(text: str) -> list[str]:
+    """The words that ROUGE compares, without a stemmer."""
+    return _WORD.findall(text.lower())
+
+
+def rouge_n(answer: str, reference: str, n: int) -> float:
+    """F1 of the n-grams that both have (Lin 2004), in [0, 1]."""
+    ours, theirs = (_grams(rouge_words(text), n) for text in (answer, reference))
+    return _f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values()))
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004), in [0, 1]."""
+    ours, theirs = rouge_words(answer), rouge_words(reference)
+    return _f1(_common(ours, theirs), len(ours), len(theirs))
+
+
+def _grams(items: Sequence[Any], n: int) -> Counter[tuple[Any, ...]]:
+    return Counter(tuple(items[i : i + n]) for i in range(len(items) - n + 1))
+
+
+def _f1(common: int, ours: int, theirs: int) -> float:
+    return 2 * common / (ours + theirs) if common else 0.0
+
+
+def _common(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(theirs) + 1)
+    for word in ours:
+        before = 0
+        for at, other in enumerate(theirs, start=1):
+            above = row[at]
+            row[at] = before + 1 if word == other else max(above, row[at - 1])
+            before = above
+    return row[-1]
+
+
+# ---- chrF ----
+
+
+def chrf_counts(answer: str, references: Sequence[str]) -> list[float]:
+    """For each order from 1: the answer's character n-grams, the reference's, and those in both;
+    of several references that which fits best. Blanks don't count.
+    """
+    every = [_chrf_counts(answer, reference) for reference in references]
+    return max(every, key=lambda counts: float(chrf(np.array(counts))))
+
+
+def _chrf_counts(answer: str, reference: str) -> list[float]:
+    ours, theirs = ("".join(text.split()) for text in (answer, reference))
+    counts: list[float] = []
+    for n in range(1, _CHRF_ORDERS + 1):
+        mine, other = _grams(ours, n), _grams(theirs, n)
+        own = sum(mine.values()) if other else 0  # an order that the reference lacks has no hits
+        counts += [own, sum(other.values()), sum((mine & other).values())]
+    return counts
+
+
+def chrf(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """chrF in [0, 100] of sums of `chrf_counts`, [..., 18] -> [...]."""
+    shaped = counts.reshape(*counts.shape[:-1], _CHRF_ORDERS, 3)
+    ours, theirs, both = shaped[..., 0], shaped[..., 1], shaped[..., 2]
+    has = (ours > 0) & (theirs > 0)
+    orders = np.maximum(has.sum(axis=-1), 1)
+    precision = np.where(has, both / np.maximum(ours, 1), 0.0).sum(axis=-1) / orders
+    recall = np.where(has, both / np.maximum(theirs, 1), 0.0).sum(axis=-1) / orders
+    below = _CHRF_BETA**2 * precision + recall
+    score = (1 + _CHRF_BETA**2) * precision * recall / np.where(below > 0, below, 1.0)
+    return np.asarray(100 * score)
+
+
+# ---- BLEU ----
+
+
+def check_bleu(key: str) -> None:
+    """sacrebleu is there. Raises UserError."""
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"{key} holds bleu, which needs the package sacrebleu: pip install 'sacrebleu>=2.6,<3'"
+        ) from error
+
+
+@functools.cache
+def _sentence_bleu() -> Any:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU(effective_order=True)
+
+
+def bleu_counts(answer: str, references: Sequence[str]) -> list[float]:
+    """The n-grams of 1 to 4 tokens (13a) in common, those of the answer, and both lengths."""
+    found = _sentence_bleu().sentence_score(answer, list(references))
+    return [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+
+def bleu(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BLEU in [0, 100] of sums of `bleu_counts`, [..., 10] -> [...], smoothed as sacrebleu's."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    out = []
+    for sums in counts.reshape(-1, counts.shape[-1]).astype(int).tolist():
+        common, own = sums[:_BLEU_ORDERS], sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS]
+        lengths = sums[2 * _BLEU_ORDERS :]
+        out.append(BLEU.compute_bleu(common, own, *lengths, smooth_method="exp").score)
+    return np.array(out).reshape(counts.shape[:-1])
