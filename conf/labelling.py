@@ -1,5 +1,5 @@
-"""How answers are judged: the group ``label``, by people (``stage=label``), and the group ``tasks``,
-by programs (``stage=eval``).
+"""How answers are judged: by people, the group ``label`` of ``stage=label``; by programs, the group
+``tasks`` of ``stage=eval``.
 """
 
 import math

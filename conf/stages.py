@@ -297,6 +297,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 _OFFLINE = ("run", "model", "adapter", "engine", "data", "tracking", "launch")
+_SCORED = ("run", "model", "engine", "rollout", "reward", "data", "tracking")
 
 # The groups that matter to a stage: what its --help shows. chain, search and doctor may need any of
 # them.
@@ -314,7 +315,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
         "tracking",
         "launch",
     ),
-    "eval": ("run", "model", "engine", "rollout", "environment", "reward", "data", "tracking"),
+    "eval": (*_SCORED, "environment", "tasks"),
     "export": ("run", "model", "data", "tracking"),
     "chat": ("run", "model", "rollout", "environment", "data"),
     "serve": ("run", "model", "rollout", "data"),
@@ -324,5 +325,5 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "migrate": ("run", "migrate"),
     "board": ("run",),
     "data": ("run", "model", "reward", "data", "tracking"),
-    "label": ("run", "model", "engine", "rollout", "reward", "data", "label", "tracking"),
+    "label": (*_SCORED, "label"),
 }

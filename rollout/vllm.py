@@ -269,7 +269,7 @@ class VLLMGenerator:
         from vllm import SamplingParams
 
         self._wake()
-        common = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
+        common: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
         common["prompt_logprobs"] = 0 if whole else None
         # By name at the first position generated, so that a sequence of max_tokens fits as well.
         params = [

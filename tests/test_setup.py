@@ -45,6 +45,7 @@ EXTRAS = (
     "search",
     "serve",
     "smollm2",
+    "texts",
     "tracking",
     "test",
     "dev",

@@ -196,11 +196,12 @@ def references_of(task: TaskConfig, row: TaskRow) -> list[str]:
     """The texts that a row's answer is compared with. Raises RowError."""
     held = row.columns.get(task.answer)
     several = held if isinstance(held, list) else [held]
-    if not several or not all(isinstance(text, str) and text.strip() for text in several):
+    texts_held = [text for text in several if isinstance(text, str) and text.strip()]
+    if not texts_held or len(texts_held) < len(several):
         raise RowError(
             f"column {task.answer!r}: expected a text or a list of texts, found {describe(held)}"
         )
-    return several
+    return texts_held
 
 
 # ---- intervals and tests ----
@@ -233,7 +234,7 @@ def differences(
 
 def metrics_of(task: str, policy: str, measured: Sequence[Measured]) -> dict[str, float]:
     """``eval/<task>/<policy>/<metric>``, with ``_low`` and ``_high`` of the interval."""
-    out = {}
+    out: dict[str, float] = {}
     for one in measured:
         key = f"eval/{task}/{policy}/{one.name}"
         out |= {

@@ -4,8 +4,9 @@ ids of prompts and of the texts that are scored behind them.
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from conf.labelling import OF_CHOICES, TaskConfig
@@ -91,16 +92,30 @@ def examples_for(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> lis
     draws for it; never the row itself, by place and by content. Raises RowError where there are
     too few.
     """
-    if not task.fewshot:
-        return []
-    others = [one for one in pool if one.place != row.place and one.columns != row.columns]
-    if len(others) < task.fewshot:
+    found = list(islice(_others(row, _candidates(task, row, pool)), task.fewshot))
+    if len(found) < task.fewshot:
         raise RowError(
-            f"fewshot={task.fewshot} needs as many other rows, found {len(others)} beside this one"
+            f"fewshot={task.fewshot} needs as many other rows, found {len(found)} beside this one"
         )
+    return found
+
+
+def _candidates(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> Iterator[TaskRow]:
+    """The pool in the order in which examples are taken."""
     if task.fewshot_seed is None:
-        return others[: task.fewshot]
-    return random.Random(f"{task.fewshot_seed}:{row.number}").sample(others, task.fewshot)
+        yield from pool
+        return
+    drawn = random.Random(f"{task.fewshot_seed}:{row.number}")
+    # most rows need no more than these, and a pool may be long
+    first = drawn.sample(range(len(pool)), min(len(pool), 2 * task.fewshot + 8))
+    yield from (pool[number] for number in first)
+    taken = set(first)
+    rest = [number for number in range(len(pool)) if number not in taken]
+    yield from (pool[number] for number in drawn.sample(rest, len(rest)))
+
+
+def _others(row: TaskRow, pool: Iterable[TaskRow]) -> Iterator[TaskRow]:
+    return (one for one in pool if one.place != row.place and one.columns != row.columns)
 
 
 def prompt_of(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> Text:

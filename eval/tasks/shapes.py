@@ -187,7 +187,7 @@ def _hellaswag(columns: Columns) -> dict[str, Any]:
     if columns.get("activity_label") is not None:
         context = f"{columns['activity_label']}: {context}"
     endings = [_without_marks(text) for text in texts_of(columns, "endings")]
-    gold = gold_of(_value(columns, "label"), [""] * len(endings), "label")
+    gold = gold_of(_value(columns, "label"), endings, "label")
     return _chosen(_without_marks(context), endings, gold)
 
 
@@ -201,8 +201,7 @@ def _ifeval(columns: Columns) -> dict[str, Any]:
     arguments = _structure(_value(columns, "kwargs"))
     if not isinstance(arguments, list) or len(arguments) != len(names):
         raise RowError(
-            f"column 'kwargs': expected a list of {len(names)} objects, found "
-            f"{describe(arguments)}"
+            f"column 'kwargs': expected a list of {len(names)} objects, found {describe(arguments)}"
         )
     constraints = [
         {"id": name, **(given or {})} for name, given in zip(names, arguments, strict=True)

@@ -125,6 +125,6 @@ def bleu(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     out = []
     for sums in counts.reshape(-1, counts.shape[-1]).astype(int).tolist():
         common, own = sums[:_BLEU_ORDERS], sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS]
-        lengths = sums[2 * _BLEU_ORDERS :]
-        out.append(BLEU.compute_bleu(common, own, *lengths, smooth_method="exp").score)
+        ours, theirs = sums[2 * _BLEU_ORDERS :]
+        out.append(BLEU.compute_bleu(common, own, ours, theirs, smooth_method="exp").score)
     return np.array(out).reshape(counts.shape[:-1])

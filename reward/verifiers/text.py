@@ -85,7 +85,7 @@ class Numeric:
 
     def reference(self, *values: Any) -> Any:
         if isinstance(values[0], str):
-            number = self._answer(values[0], None)
+            number = self.answer_in(values[0], None)
         else:
             number = number_of(values[0])
         if number is None:
@@ -95,11 +95,12 @@ class Numeric:
         return number
 
     def score(self, response: str, reference: Any) -> float:
-        number = self._answer(response, self.marker)
+        number = self.answer_in(response, self.marker)
         return float(number is not None and close(number, reference, self.tolerance))
 
     @staticmethod
-    def _answer(text: str, marker: str | None) -> Any:
+    def answer_in(text: str, marker: str | None) -> Any:
+        """The number that a text gives as its answer; None where it gives none."""
         if marker is None and boxed(text) is not None:
             marker = BOXED
         elif marker is None and "####" in text:

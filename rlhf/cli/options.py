@@ -186,7 +186,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(value_text(inner) for inner in value) + "]"
     if isinstance(value, str):
-        return value if value else "''"
+        return value.replace("\n", "\\n") if value else "''"
     return re.sub(r"e-0+", "e-", f"{value}")
 
 
@@ -235,14 +235,16 @@ def _prefix(group: str) -> str:
 
 
 def _groups(schema: str) -> dict[str, type]:
-    """The groups that a stage reads, in the order of the configuration."""
-    fields = dataclasses.fields(Config)
+    """The groups that a stage reads, in the order of the configuration; of a dictionary of groups
+    what its items are.
+    """
     names = GROUPS_OF.get(schema)
-    return {
-        field.name: item_type(field.type) or field.type
-        for field in fields
-        if field.name != "stage" and (names is None or field.name in names)
-    }
+    found = {}
+    for field in dataclasses.fields(Config):
+        group: Any = item_type(field.type) or field.type
+        if field.name != "stage" and (names is None or field.name in names):
+            found[field.name] = group
+    return found
 
 
 def _changed(configuration: object, described: dict[str, list[Described]]) -> list[str]:

@@ -73,7 +73,7 @@ def _items(name: str, cls: type) -> Iterator[str]:
         if item is cls:
             presets = ", ".join(f"`{preset}`" for preset in choices(group))
             yield f"Presets, several as `{group}=[NAME,NAME]`: {presets}.\n"
-    yield from _tables(list(options_of(cls, f"{name}.{NAME}.")))
+    yield from _tables([one for one in options_of(Config, "") if one.key.split(".")[0] == name])
 
 
 def _stages() -> Iterator[str]:

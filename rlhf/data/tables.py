@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,26 @@ def _delimiter(path: Path) -> str:
     return found
 
 
-def csv_rows(path: Path) -> Iterator[SourceRow]:
-    """Rows of a CSV file, read one by one. Raises UserError where it is no CSV."""
+def csv_header(path: Path) -> list[str]:
+    """The cells of a CSV file's first line. Raises UserError where it is no CSV."""
+    return next(csv.reader(_csv_lines(path), delimiter=_delimiter(path)), [])
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    with open_bytes(path) as source:
+        for at, line in enumerate(source, start=1):
+            yield decode(path, line, f"line {at}", first=at == 1)
+
+
+def csv_rows(path: Path, names: Sequence[str] | None = None) -> Iterator[SourceRow]:
+    """Rows of a CSV file, read one by one. `names`: of the columns of a file without a header.
+    Raises UserError where it is no CSV.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-
-    def lines() -> Iterator[str]:
-        with open_bytes(path) as source:
-            for at, line in enumerate(source, start=1):
-                yield decode(path, line, f"line {at}", first=at == 1)
-
-    reader = csv.reader(lines(), delimiter=_delimiter(path), strict=True)
+    reader = csv.reader(_csv_lines(path), delimiter=_delimiter(path), strict=True)
     number, origin = 0, str(path)
     try:
-        header = next(reader, [])
+        header = next(reader, []) if names is None else list(names)
         _check_header(path, header)
         for cells in reader:
             if not cells:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.choices import Judge, ModelKind
-from conf.schema import AdapterConfig, Config, ModelConfig
+from conf.schema import AdapterConfig, Config, DataConfig, ModelConfig
 from conf.stages import EvalStage
 from eval.compare import Answers, compare, side_by_side
 from eval.report import comparison as report
+from eval.sections import Section
 from reward.base import is_set, model_paths
 from reward.terms import check_reward, check_reward_model, check_rows, make_scorer
 from rlhf.checks import capacity, inputs, launch
@@ -21,6 +22,7 @@ from rlhf.models.directories import adapter_name, check_model_path, contents
 from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext
+from rlhf.stages.evaluation import tasks
 from rlhf.stages.evaluation.judges import check_judges, judge_rollouts, make_judges
 from rlhf.stages.evaluation.llm_judge import judge_policies
 from rlhf.stages.evaluation.one_base import Swapped, one_base, without_swapping
@@ -46,6 +48,10 @@ def check(cfg: Config) -> list[str]:
     stage, data = cfg.stage, cfg.data
     assert isinstance(stage, EvalStage)
     notes = launch.check_backend(cfg.rollout.backend)
+    if cfg.tasks:
+        tasks.check(cfg.tasks, stage, cfg.model, cfg.rollout, cfg.data.chat_template)
+    if not _compares(stage, cfg.data, bool(cfg.tasks)):
+        return notes
     inputs.refuse_running_servers(cfg.rollout, stage.name)
     check_policies(stage, cfg.model)
     inputs.check_native([stage.before, stage.after], cfg.rollout.backend)
@@ -72,6 +78,16 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
+def _compares(stage: EvalStage, data: DataConfig, has_tasks: bool) -> bool:
+    """Whether two policies answer held-out prompts; where there are tasks, only with both policies
+    and prompts.
+    """
+    if not has_tasks:
+        return True
+    has_prompts = given(data) is not None or data.eval_path is not None
+    return has_prompts and stage.before is not None and stage.after is not None
+
+
 def check_policies(stage: EvalStage, model: ModelConfig) -> None:
     """The two policies' directories are models. Raises UserError."""
     for key, path in (("stage.before", stage.before), ("stage.after", stage.after)):
@@ -82,18 +98,31 @@ def check_policies(stage: EvalStage, model: ModelConfig) -> None:
 
 
 def run(ctx: RunContext) -> None:
-    """Compare ``stage.before`` with ``stage.after``. Reads prompts from data.eval_path (or the
-    held-out share of data.path).
+    """Measure policies on tasks, and compare ``stage.before`` with ``stage.after``: reads prompts
+    from data.eval_path (or the held-out share of data.path).
     """
     with ctx.closing():
-        _run(ctx)
+        cfg = ctx.cfg
+        distributed.require_one_process("stage=eval", "Run it without torchrun.")
+        sections: list[Section] = []
+        metrics: dict[str, float] = {}
+        if cfg.tasks:
+            sections, metrics = tasks.run(ctx)
+        if _compares(cfg.stage, cfg.data, bool(cfg.tasks)):
+            _run(ctx, sections, metrics)
+            return
+        ctx.tracker.log(0, metrics)
+        page = publish_report(ctx.dir, cfg.run.name, sections, ctx.tracker)
+        files = {"samples": ctx.dir / "samples.jsonl", "report": page}
+        shown = tasks.headlines(cfg.tasks, metrics)
+        ctx.finish(steps=1, metrics=metrics, model=None, figures=shown, files=files)
 
 
-def _run(ctx: RunContext) -> None:
+def _run(ctx: RunContext, sections: list[Section], of_tasks: dict[str, float]) -> None:
+    """Compare. `sections`, `of_tasks`: what tasks gave, for the report and the metrics."""
     cfg, stage = ctx.cfg, ctx.cfg.stage
     assert isinstance(stage, EvalStage)
     ctx.watchdog.phase("build")
-    distributed.require_one_process("stage=eval", "Run it without torchrun.")
     paths = _paths(stage)
     tokenizer = same_tokenizer(cfg.model, cfg.data.chat_template, *paths)
     prompts = _prompts(cfg, tokenizer)
@@ -132,7 +161,7 @@ def _run(ctx: RunContext) -> None:
     )
     del states  # their models make room for a judge's
     ctx.watchdog.phase("compare")
-    _finish(ctx, before, after, kl)
+    _finish(ctx, before, after, kl, sections, of_tasks)
 
 
 def _states(asked: Asked, start: Path) -> Apart | Swapped:
@@ -149,7 +178,14 @@ def _states(asked: Asked, start: Path) -> Apart | Swapped:
     return Apart(asked, start)
 
 
-def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -> None:
+def _finish(
+    ctx: RunContext,
+    before: Answers,
+    after: Answers,
+    kl: list[float],
+    further: list[Section],
+    of_tasks: dict[str, float],
+) -> None:
     """Compare, show and log."""
     stage = ctx.cfg.stage
     comparison = compare(before, after, kl, resamples=stage.bootstrap, seed=ctx.cfg.run.seed)
@@ -160,14 +196,14 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
         scores[name] = {"before": judgements, "after": after.judgements[name]}
     plots = report.plot(comparison, scores, ctx.dir / "plots")
     ctx.tracker.images(list(plots.values()))
-    metrics = comparison.metrics()
+    metrics = comparison.metrics() | of_tasks
     console.table(report.sample_rows(rows, stage.shown), title="The same prompt before and after")
     prompts = len(before.rollouts) // stage.samples_per_prompt
     before_name, after_name = (_named(path) for path in _paths(stage))
     title = f"Before{before_name} and after{after_name} on {prompts} held-out prompts"
     console.table(report.table_rows(comparison), title=title)
     first = report.section(comparison, rows, plots, about=f"{title}.", shown=max(1, stage.shown))
-    sections = [first]
+    sections = [first, *further]
     if Judge.llm in stage.judges:
         ctx.watchdog.phase("judge pairs")
         ctx.add_parent("judge", stage.llm_judge.path)
@@ -183,7 +219,7 @@ def _finish(ctx: RunContext, before: Answers, after: Answers, kl: list[float]) -
         steps=1,
         metrics=metrics,
         model=None,
-        figures=_headlines(metrics),
+        figures=_headlines(metrics) | tasks.headlines(ctx.cfg.tasks, of_tasks),
         files={"samples": ctx.dir / "samples.jsonl", "report": page},
     )
 

@@ -109,7 +109,7 @@ def test_ranges_are_checked_when_the_config_becomes_dataclasses(override: str, k
 def test_each_schema_is_in_one_family_and_groups_exist() -> None:
     members = [schema for schemas in FAMILIES.values() for schema in schemas]
     assert sorted(members) == sorted(STAGES)
-    groups = {*GROUPS, "run", "label", "migrate"}
+    groups = {*GROUPS, "run", "label", "migrate", "tasks"}
     assert all(set(named) <= groups for named in GROUPS_OF.values())
 
 

@@ -42,6 +42,8 @@ REFUSED = frozenset(
         "engine.nvme_path",
     }
 )
+# Groups without a form: what starts processes elsewhere, and tasks.
+NO_FORM = ("launch", "tasks")
 # The presets give them; a memory plan alone reads the last.
 _GIVEN = frozenset(
     {
@@ -89,6 +91,7 @@ PATHS = frozenset(
         f"{_TERM}.schema_file",
         "stage.before",
         "stage.after",
+        "stage.policies",
         "stage.judge_path",
         "stage.watch.judge_path",
         "adapter.load",
@@ -116,7 +119,7 @@ def may_set(key: str, *, remote_code: bool) -> bool:
     if key == REMOTE_CODE:
         return remote_code
     group = key.partition(".")[0]
-    return group != "launch" and key not in REFUSED and key not in _GIVEN
+    return group not in NO_FORM and key not in REFUSED and key not in _GIVEN
 
 
 def presets(group: str, known: Sequence[str]) -> list[str]:

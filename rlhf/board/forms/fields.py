@@ -122,11 +122,11 @@ def form_of(stage: str, remote_code: bool) -> Form:
 
 
 def _groups(schema: str) -> dict[str, type]:
-    """The stage and the groups that it reads, but for what starts processes elsewhere."""
+    """The stage and the groups that it reads and that have a form."""
     read = GROUPS_OF[schema]
     types_of = {field.name: field.type for field in dataclasses.fields(Config)}
     groups: dict[str, Any] = {"stage": STAGES[schema]}
-    return groups | {name: types_of[name] for name in read if name != "launch"}
+    return groups | {name: types_of[name] for name in read if name not in allowed.NO_FORM}
 
 
 def _has_presets(name: str) -> bool:
