@@ -17,7 +17,6 @@ from conf.schema import GROUPS, ITEM_GROUPS, Config
 from conf.stages import STAGES, OfflineStage, TrainStage
 from rlhf.cli.json_schema import json_schema
 from rlhf.cli.options import (
-    NAME,
     Described,
     item_type,
     options_of,
