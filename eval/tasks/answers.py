@@ -22,7 +22,11 @@ def compile_pattern(key: str, pattern: str | None) -> Any:
         raise UserError(f"{key}={pattern!r} is no valid pattern ({error}).") from error
 
 
-def counted_text(task: TaskConfig, pattern: Any, text: str) -> str | None:
+def counted_text(
+    task: TaskConfig,
+    pattern: Any,
+    text: str,
+) -> str | None:
     """The part of an answer that counts: all of it without a pattern; None where the pattern is not
     in it. Raises TimeoutError for a pattern that backtracks without end.
     """

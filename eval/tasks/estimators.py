@@ -1,11 +1,19 @@
 """What k answers out of n would give, without bias. Pure functions, exact."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import (
+    Hashable,
+    Mapping,
+    Sequence,
+)
 from fractions import Fraction
 
 
-def pass_at(n: int, right: int, k: int) -> float:
+def pass_at(
+    n: int,
+    right: int,
+    k: int,
+) -> float:
     """The chance that at least one of k out of n answers is right, where `right` of the n are:
     1 - C(n - right, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374). Raises ValueError unless
     1 <= k <= n.
@@ -15,7 +23,11 @@ def pass_at(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_at(answers: Sequence[Hashable | None], right: Sequence[float], k: int) -> float:
+def majority_at(
+    answers: Sequence[Hashable | None],
+    right: Sequence[float],
+    k: int,
+) -> float:
     """The chance that the commonest of k out of n answers is right: the mean over all subsets of k.
 
     answers: [n] what each sample answered, None where it has no answer and so no vote. right: [n].
@@ -25,7 +37,11 @@ def majority_at(answers: Sequence[Hashable | None], right: Sequence[float], k: i
     if not 1 <= k <= len(answers) or len(answers) != len(right):
         raise ValueError(f"expected 1 <= k <= n and n values, found {k}, {len(right)}")
     groups: dict[Hashable, list[float]] = {}
-    for answer, value in zip(answers, right, strict=True):
+    for answer, value in zip(
+        answers,
+        right,
+        strict=True,
+    ):
         if answer is not None:
             groups.setdefault(answer, []).append(value)
     counts = {answer: len(values) for answer, values in groups.items()}
@@ -38,7 +54,12 @@ def majority_at(answers: Sequence[Hashable | None], right: Sequence[float], k: i
     return total / math.comb(len(answers), k)
 
 
-def _wins(answer: Hashable, counts: Mapping[Hashable, int], silent: int, k: int) -> Fraction:
+def _wins(
+    answer: Hashable,
+    counts: Mapping[Hashable, int],
+    silent: int,
+    k: int,
+) -> Fraction:
     """In how many of the subsets of k this answer is the commonest, a tie of t as 1 / t."""
     total = Fraction(0)
     for votes in range(1, min(counts[answer], k) + 1):

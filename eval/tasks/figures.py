@@ -2,17 +2,44 @@
 policies' figures to paired tests. Pure functions.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import (
+    Callable,
+    Hashable,
+    Mapping,
+    Sequence,
+)
+from dataclasses import (
+    dataclass,
+    field,
+    replace,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.labelling import PERPLEXITIES, TRUE_OR_FALSE, TaskConfig, TaskMetric
-from eval.statistics import Figure, Interval, bootstrap_totals, mcnemar, paired_totals
+from conf.labelling import (
+    PERPLEXITIES,
+    TRUE_OR_FALSE,
+    TaskConfig,
+    TaskMetric,
+)
+from eval.statistics import (
+    Figure,
+    Interval,
+    bootstrap_totals,
+    mcnemar,
+    paired_totals,
+)
 from eval.tasks import texts
-from eval.tasks.estimators import majority_at, pass_at
-from eval.tasks.prompts import measures, scored_texts, scores_choices
+from eval.tasks.estimators import (
+    majority_at,
+    pass_at,
+)
+from eval.tasks.prompts import (
+    measures,
+    scored_texts,
+    scores_choices,
+)
 from eval.tasks.shapes import TaskRow
 from rlhf.process.wording import describe
 from rlhf.types import RowError
@@ -70,7 +97,12 @@ def _perplexity(totals: Floats) -> Floats:
     return np.asarray(np.exp(-totals[..., 0] / totals[..., 1]))
 
 
-def mean_of(name: str, values: Sequence[float], *, is_binary: bool = False) -> Measured:
+def mean_of(
+    name: str,
+    values: Sequence[float],
+    *,
+    is_binary: bool = False,
+) -> Measured:
     """A metric that is a mean over rows, [N]."""
     column = np.asarray(values, dtype=np.float64)
     totals = np.stack([column, np.ones_like(column)], axis=1)
@@ -93,7 +125,11 @@ def _of_choices(
     metric: TaskMetric, task: TaskConfig, rows: Sequence[TaskRow], answers: Sequence[RowAnswer]
 ) -> Measured:
     values = []
-    for row, answer in zip(rows, answers, strict=True):
+    for row, answer in zip(
+        rows,
+        answers,
+        strict=True,
+    ):
         logprobs = np.array(answer.logprobs)
         gold = list(row.columns["gold"])
         if metric is TaskMetric.probability:
@@ -103,7 +139,11 @@ def _of_choices(
         if metric is TaskMetric.accuracy_norm:
             logprobs = logprobs / np.array([len(text) for text in scored_texts(task, row)])
         values.append(float(int(logprobs.argmax()) in gold))
-    return mean_of(metric.value, values, is_binary=metric is not TaskMetric.probability)
+    return mean_of(
+        metric.value,
+        values,
+        is_binary=metric is not TaskMetric.probability,
+    )
 
 
 def _perplexity_by(
@@ -112,11 +152,21 @@ def _perplexity_by(
     assert metric in PERPLEXITIES
     unit = metric.value.removesuffix("_perplexity")
     totals = []
-    for row, answer in zip(rows, answers, strict=True):
+    for row, answer in zip(
+        rows,
+        answers,
+        strict=True,
+    ):
         totals.append([sum(answer.logprobs), measures(task, row, sum(answer.tokens))[unit]])
     sums = np.array(totals, dtype=np.float64)
     values = _perplexity(sums)
-    return Measured(metric.value, sums, _perplexity, values, lower_is_better=True)
+    return Measured(
+        metric.value,
+        sums,
+        _perplexity,
+        values,
+        lower_is_better=True,
+    )
 
 
 # ---- what was written ----
@@ -136,7 +186,13 @@ def measured_answers(
         if metric in checked:
             values = [float(np.mean(row)) for row in checked[metric].values]
             is_binary = metric in TRUE_OR_FALSE and task.samples == 1
-            out.append(mean_of(metric.value, values, is_binary=is_binary))
+            out.append(
+                mean_of(
+                    metric.value,
+                    values,
+                    is_binary=is_binary,
+                )
+            )
         else:
             out.append(_likeness(metric, task, rows, answers))
     if task.metrics[0] in checked:
@@ -154,7 +210,11 @@ def _of_samples(task: TaskConfig, first: Checked) -> list[Measured]:
         out.append(mean_of(f"pass_at_{k}", chances))
     for k in task.majority_at:
         assert first.votes is not None
-        pairs = zip(first.votes, first.values, strict=True)
+        pairs = zip(
+            first.votes,
+            first.values,
+            strict=True,
+        )
         shares = [majority_at(votes, values, k) for votes, values in pairs]
         out.append(mean_of(f"majority_at_{k}", shares))
     return out
@@ -178,14 +238,22 @@ def _likeness(
     """How alike the answers and the rows' references are; of several references the best counts."""
     if metric in _ROUGE:
         values = []
-        for row, answer in zip(rows, answers, strict=True):
+        for row, answer in zip(
+            rows,
+            answers,
+            strict=True,
+        ):
             known = references_of(task, row)
             best = [max(_ROUGE[metric](text, one) for one in known) for text in answer.texts]
             values.append(float(np.mean(best)))
         return mean_of(metric.value, values)
     counted, figure = _COUNTED[metric]
     totals = []
-    for row, answer in zip(rows, answers, strict=True):
+    for row, answer in zip(
+        rows,
+        answers,
+        strict=True,
+    ):
         known = references_of(task, row)
         totals.append(np.sum([counted(text, known) for text in answer.texts], axis=0))
     sums = np.array(totals, dtype=np.float64)
@@ -207,11 +275,20 @@ def references_of(task: TaskConfig, row: TaskRow) -> list[str]:
 # ---- intervals and tests ----
 
 
-def with_intervals(measured: Sequence[Measured], resamples: int, seed: int) -> list[Measured]:
+def with_intervals(
+    measured: Sequence[Measured],
+    resamples: int,
+    seed: int,
+) -> list[Measured]:
     """The same with their 95 % bootstrap intervals by row."""
     out = []
     for one in measured:
-        found = bootstrap_totals(one.totals, one.figure, resamples=resamples, seed=seed)
+        found = bootstrap_totals(
+            one.totals,
+            one.figure,
+            resamples=resamples,
+            seed=seed,
+        )
         out.append(replace(one, interval=found))
     return out
 
@@ -221,7 +298,11 @@ def differences(
 ) -> list[Difference]:
     """Each metric of `other` less that of `first`, on the same rows."""
     out = []
-    for before, after in zip(first, other, strict=True):
+    for before, after in zip(
+        first,
+        other,
+        strict=True,
+    ):
         found = paired_totals(
             before.totals, after.totals, before.figure, resamples=resamples, seed=seed
         )
@@ -232,7 +313,11 @@ def differences(
     return out
 
 
-def metrics_of(task: str, policy: str, measured: Sequence[Measured]) -> dict[str, float]:
+def metrics_of(
+    task: str,
+    policy: str,
+    measured: Sequence[Measured],
+) -> dict[str, float]:
     """``eval/<task>/<policy>/<metric>``, with ``_low`` and ``_high`` of the interval."""
     out: dict[str, float] = {}
     for one in measured:

@@ -8,11 +8,22 @@ lm-eval is comparable with ours.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import (
+    Any,
+    Protocol,
+)
 
-from conf.labelling import TaskConfig, TaskKind, TaskMetric
+from conf.labelling import (
+    TaskConfig,
+    TaskKind,
+    TaskMetric,
+)
 from eval.tasks.figures import references_of
-from eval.tasks.prompts import prompt_of, scored_texts, scores_choices
+from eval.tasks.prompts import (
+    prompt_of,
+    scored_texts,
+    scores_choices,
+)
 from eval.tasks.shapes import TaskRow
 
 _CHOICES = {TaskMetric.accuracy: "acc", TaskMetric.accuracy_norm: "acc_norm"}
@@ -57,7 +68,11 @@ def write(folder: Path, held: Sequence[HeldTask]) -> list[str]:
         data = folder / f"{one.name}.jsonl"
         lines = [json.dumps(_row(one, row), ensure_ascii=False) for row in one.rows]
         data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        text = yaml.safe_dump(_declaration(one, data, known), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(
+            _declaration(one, data, known),
+            sort_keys=False,
+            allow_unicode=True,
+        )
         (folder / f"{one.name}.yaml").write_text(text, encoding="utf-8")
     return notes
 
@@ -95,7 +110,11 @@ def _row(held: HeldTask, row: TaskRow) -> dict[str, Any]:
     return out | {"target": references_of(task, row)}
 
 
-def _declaration(held: HeldTask, data: Path, known: dict[TaskMetric, str]) -> dict[str, Any]:
+def _declaration(
+    held: HeldTask,
+    data: Path,
+    known: dict[TaskMetric, str],
+) -> dict[str, Any]:
     task = held.task
     declared: dict[str, Any] = {
         "task": held.name,
@@ -143,7 +162,11 @@ def _generation(task: TaskConfig) -> dict[str, Any]:
     }
 
 
-def _metric(task: TaskConfig, metric: TaskMetric, name: str) -> dict[str, Any]:
+def _metric(
+    task: TaskConfig,
+    metric: TaskMetric,
+    name: str,
+) -> dict[str, Any]:
     higher = metric not in _PERPLEXITIES
     declared: dict[str, Any] = {"metric": name, "higher_is_better": higher}
     declared["aggregation"] = "mean"

@@ -4,16 +4,34 @@ ids of prompts and of the texts that are scored behind them.
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from conf.labelling import OF_CHOICES, TaskConfig
-from eval.tasks.shapes import LETTERS, TaskRow
-from rlhf.models.encoding import Chat, answer_ids, prompt_ids
+from conf.labelling import (
+    OF_CHOICES,
+    TaskConfig,
+)
+from eval.tasks.shapes import (
+    LETTERS,
+    TaskRow,
+)
+from rlhf.models.encoding import (
+    Chat,
+    answer_ids,
+    prompt_ids,
+)
 from rlhf.process.wording import describe
-from rlhf.types import Message, RowError
+from rlhf.types import (
+    Message,
+    RowError,
+)
 
 _FIELD = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 _OPTIONS = "options"
@@ -50,7 +68,14 @@ def filled(template: str, row: TaskRow) -> str:
 def options_of(row: TaskRow) -> str:
     """The choices of a row, a line each. Raises RowError for a row without choices."""
     choices = choices_of(row)
-    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
+    return "\n".join(
+        f"{letter}. {text}"
+        for letter, text in zip(
+            LETTERS,
+            choices,
+            strict=False,
+        )
+    )
 
 
 def choices_of(row: TaskRow) -> list[str]:
@@ -87,7 +112,11 @@ def shown_target(task: TaskConfig, row: TaskRow) -> str:
     return filled(task.target, row)
 
 
-def examples_for(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> list[TaskRow]:
+def examples_for(
+    task: TaskConfig,
+    row: TaskRow,
+    pool: Sequence[TaskRow],
+) -> list[TaskRow]:
     """The examples before a row: the first of the pool, or those that tasks.<name>.fewshot_seed
     draws for it; never the row itself, by place and by content. Raises RowError where there are
     too few.
@@ -100,7 +129,11 @@ def examples_for(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> lis
     return found
 
 
-def _candidates(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> Iterator[TaskRow]:
+def _candidates(
+    task: TaskConfig,
+    row: TaskRow,
+    pool: Sequence[TaskRow],
+) -> Iterator[TaskRow]:
     """The pool in the order in which examples are taken."""
     if task.fewshot_seed is None:
         yield from pool
@@ -118,7 +151,11 @@ def _others(row: TaskRow, pool: Iterable[TaskRow]) -> Iterator[TaskRow]:
     return (one for one in pool if one.place != row.place and one.columns != row.columns)
 
 
-def prompt_of(task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow]) -> Text:
+def prompt_of(
+    task: TaskConfig,
+    row: TaskRow,
+    pool: Sequence[TaskRow],
+) -> Text:
     """What a row asks, with its examples: a text, or messages with task.chat. Raises RowError."""
     examples = examples_for(task, row, pool)
     asked = filled(task.prompt, row)
@@ -148,7 +185,12 @@ class Scored:
     ids: tuple[int, ...]
 
 
-def scored_ids(task: TaskConfig, tokenizer: Any, prompt: Text, text: str) -> Scored:
+def scored_ids(
+    task: TaskConfig,
+    tokenizer: Any,
+    prompt: Text,
+    text: str,
+) -> Scored:
     """The token ids of a prompt and of a text behind it.
 
     Of a plain prompt both are tokenised as one text, and what lies behind as many tokens as the
@@ -157,7 +199,12 @@ def scored_ids(task: TaskConfig, tokenizer: Any, prompt: Text, text: str) -> Sco
     """
     if not isinstance(prompt, str):
         context = prompt_ids(tokenizer, prompt)
-        ids = answer_ids(tokenizer, prompt, text, finished=False)
+        ids = answer_ids(
+            tokenizer,
+            prompt,
+            text,
+            finished=False,
+        )
     else:
         begun = prompt.rstrip()
         behind = prompt[len(begun) :] + task.delimiter + text
@@ -198,7 +245,11 @@ def windows(scored: Scored, limit: int) -> list[Scored]:
     return parts
 
 
-def measures(task: TaskConfig, row: TaskRow, tokens: int) -> Mapping[str, float]:
+def measures(
+    task: TaskConfig,
+    row: TaskRow,
+    tokens: int,
+) -> Mapping[str, float]:
     """By what a perplexity of a row divides: tokens, bytes and words of its target."""
     text = filled(task.target, row)
     words = len(re.split(r"\s+", text))

@@ -2,15 +2,32 @@
 rows where the policies differ most. Pure functions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import (
+    Mapping,
+    Sequence,
+)
 
 import numpy as np
 
-from conf.labelling import TaskConfig, TaskKind
-from eval.sections import Section, Table
+from conf.labelling import (
+    TaskConfig,
+    TaskKind,
+)
+from eval.sections import (
+    Section,
+    Table,
+)
 from eval.statistics import Interval
-from eval.tasks.figures import Difference, Measured, RowAnswer
-from eval.tasks.prompts import filled, scored_texts, scores_choices
+from eval.tasks.figures import (
+    Difference,
+    Measured,
+    RowAnswer,
+)
+from eval.tasks.prompts import (
+    filled,
+    scored_texts,
+    scores_choices,
+)
 from eval.tasks.shapes import TaskRow
 
 _SHOWN = 400  # characters of a text in a table
@@ -76,7 +93,11 @@ def _figures(name: str, measured: Mapping[str, Sequence[Measured]]) -> Table:
     return Table(f"{name}: figures [95 %]", ("metric", *measured), tuple(rows))
 
 
-def _tests(name: str, first: str, apart: Mapping[str, Sequence[Difference]]) -> Table:
+def _tests(
+    name: str,
+    first: str,
+    apart: Mapping[str, Sequence[Difference]],
+) -> Table:
     rows = []
     for policy, several in apart.items():
         for one in several:
@@ -114,7 +135,11 @@ def _rows_apart(
     return [Table(title, ("row", "asked", *measured), tuple(lines))] if lines else []
 
 
-def shown_answer(task: TaskConfig, row: TaskRow, answer: RowAnswer) -> str:
+def shown_answer(
+    task: TaskConfig,
+    row: TaskRow,
+    answer: RowAnswer,
+) -> str:
     """What a policy said of a row: its first answer, the likeliest choice, or nothing of a text
     whose perplexity was taken.
     """
@@ -162,7 +187,13 @@ def sample_rows(
     scored. A row's metrics are its own, the mean over its answers.
     """
     out = []
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+    for i, (row, answer) in enumerate(
+        zip(
+            rows,
+            answers,
+            strict=True,
+        )
+    ):
         line: dict[str, object] = {
             "task": name,
             "policy": policy,

@@ -15,13 +15,20 @@ A row that doesn't fit raises RowError, which names the column.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import Any
 
 from conf.labelling import RowShape
 from rlhf.process.wording import describe
-from rlhf.types import RowError, UserError
+from rlhf.types import (
+    RowError,
+    UserError,
+)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The columns of files of MMLU, whose CSV files have no header.
@@ -76,7 +83,11 @@ def texts_of(columns: Columns, name: str) -> list[str]:
     return values
 
 
-def gold_of(value: Any, choices: Sequence[str], column: str) -> list[int]:
+def gold_of(
+    value: Any,
+    choices: Sequence[str],
+    column: str,
+) -> list[int]:
     """The numbers of the right choices, given as a number from 0, a letter, a choice's text, or a
     list of these. Raises RowError.
     """
@@ -87,7 +98,11 @@ def gold_of(value: Any, choices: Sequence[str], column: str) -> list[int]:
     return [_one_gold(each, choices, column) for each in several]
 
 
-def _one_gold(value: Any, choices: Sequence[str], column: str) -> int:
+def _one_gold(
+    value: Any,
+    choices: Sequence[str],
+    column: str,
+) -> int:
     known = LETTERS[: len(choices)]
     if isinstance(value, str) and value in choices:
         return list(choices).index(value)
@@ -104,7 +119,11 @@ def _one_gold(value: Any, choices: Sequence[str], column: str) -> int:
     )
 
 
-def _chosen(question: str, choices: list[str], gold: list[int]) -> dict[str, Any]:
+def _chosen(
+    question: str,
+    choices: list[str],
+    gold: list[int],
+) -> dict[str, Any]:
     return {
         "question": question,
         "choices": choices,
@@ -204,7 +223,12 @@ def _ifeval(columns: Columns) -> dict[str, Any]:
             f"column 'kwargs': expected a list of {len(names)} objects, found {describe(arguments)}"
         )
     constraints = [
-        {"id": name, **(given or {})} for name, given in zip(names, arguments, strict=True)
+        {"id": name, **(given or {})}
+        for name, given in zip(
+            names,
+            arguments,
+            strict=True,
+        )
     ]
     return {"question": _text(columns, "prompt"), "constraints": constraints}
 

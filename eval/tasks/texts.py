@@ -26,7 +26,11 @@ def rouge_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def rouge_n(answer: str, reference: str, n: int) -> float:
+def rouge_n(
+    answer: str,
+    reference: str,
+    n: int,
+) -> float:
     """F1 of the n-grams that both have (Lin 2004), in [0, 1]."""
     ours, theirs = (_grams(rouge_words(text), n) for text in (answer, reference))
     return _f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values()))
@@ -42,7 +46,11 @@ def _grams(items: Sequence[Any], n: int) -> Counter[tuple[Any, ...]]:
     return Counter(tuple(items[i : i + n]) for i in range(len(items) - n + 1))
 
 
-def _f1(common: int, ours: int, theirs: int) -> float:
+def _f1(
+    common: int,
+    ours: int,
+    theirs: int,
+) -> float:
     return 2 * common / (ours + theirs) if common else 0.0
 
 
@@ -126,5 +134,13 @@ def bleu(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     for sums in counts.reshape(-1, counts.shape[-1]).astype(int).tolist():
         common, own = sums[:_BLEU_ORDERS], sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS]
         ours, theirs = sums[2 * _BLEU_ORDERS :]
-        out.append(BLEU.compute_bleu(common, own, ours, theirs, smooth_method="exp").score)
+        out.append(
+            BLEU.compute_bleu(
+                common,
+                own,
+                ours,
+                theirs,
+                smooth_method="exp",
+            ).score
+        )
     return np.array(out).reshape(counts.shape[:-1])

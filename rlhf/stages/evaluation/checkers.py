@@ -1,21 +1,44 @@
 """The metrics of tasks that verifiers give: answers, code, constraints (reward/verifiers/)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import (
+    Hashable,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 from conf.choices import TermKind
-from conf.labelling import TaskConfig, TaskMetric
+from conf.labelling import (
+    TaskConfig,
+    TaskMetric,
+)
 from conf.schema import RewardTerm
-from eval.tasks.answers import compile_pattern, counted_text, loosened, whole_code
-from eval.tasks.figures import Checked, RowAnswer
+from eval.tasks.answers import (
+    compile_pattern,
+    counted_text,
+    loosened,
+    whole_code,
+)
+from eval.tasks.figures import (
+    Checked,
+    RowAnswer,
+)
 from eval.tasks.shapes import TaskRow
 from reward.base import Verifier
 from reward.terms import VERIFIERS
-from reward.verifiers.extract import answer_of, boxed, fenced_or_all, letter_of, normalise
+from reward.verifiers.extract import (
+    answer_of,
+    boxed,
+    fenced_or_all,
+    letter_of,
+    normalise,
+)
 from reward.verifiers.text import Numeric
-from rlhf.types import RowError, UserError
+from rlhf.types import (
+    RowError,
+    UserError,
+)
 
 _KINDS = {
     TaskMetric.exact: TermKind.exact,
@@ -48,7 +71,12 @@ def term_of(metric: TaskMetric, task: TaskConfig) -> RewardTerm:
 class Checker:
     """One metric of one task."""
 
-    def __init__(self, name: str, metric: TaskMetric, task: TaskConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        metric: TaskMetric,
+        task: TaskConfig,
+    ) -> None:
         """Raises UserError for what the metric lacks on this machine."""
         self.metric, self._task = metric, task
         self._pattern = compile_pattern(f"tasks.{name}.pattern", task.pattern)
@@ -75,12 +103,20 @@ class Checker:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.verifier.workers, f"check-{self.metric.value}")
 
-    def check(self, rows: Sequence[TaskRow], answers: Sequence[RowAnswer]) -> Checked:
+    def check(
+        self,
+        rows: Sequence[TaskRow],
+        answers: Sequence[RowAnswer],
+    ) -> Checked:
         """The values of every row's answers, and what they answered where a majority is asked for.
         Raises UserError where checking fails through no fault of an answer.
         """
         futures = []
-        for row, answer in zip(rows, answers, strict=True):
+        for row, answer in zip(
+            rows,
+            answers,
+            strict=True,
+        ):
             reference = self.reference(row)
             futures.append(
                 [self._threads.submit(self._value, row, text, reference) for text in answer.texts]
@@ -91,7 +127,12 @@ class Checker:
             votes = [[self._vote(text) for text in answer.texts] for answer in answers]
         return Checked(values, votes)
 
-    def _value(self, row: TaskRow, text: str, reference: Any) -> float:
+    def _value(
+        self,
+        row: TaskRow,
+        text: str,
+        reference: Any,
+    ) -> float:
         try:
             part = counted_text(self._task, self._pattern, text)
             if part is None:
@@ -102,7 +143,11 @@ class Checker:
                 f"{self._where}, {row.place}: {type(error).__name__}: {error}."
             ) from error
 
-    def _readings(self, row: TaskRow, text: str) -> list[str]:
+    def _readings(
+        self,
+        row: TaskRow,
+        text: str,
+    ) -> list[str]:
         """The texts of which the best one counts."""
         if self.metric is TaskMetric.code:
             return [whole_code(row, fenced_or_all(text, ("python", "py", "python3")))]

@@ -5,8 +5,15 @@ log-probabilities of texts behind their prompts.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import (
+    Callable,
+    Iterator,
+    Sequence,
+)
+from dataclasses import (
+    dataclass,
+    field,
+)
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +22,17 @@ from eval.tasks.prompts import Scored
 from policy.agreement import check_agreement
 from policy.model import PolicyModule
 from rlhf.models.directories import check_model_path
-from rlhf.models.loading import load_causal_lm, starts_whole, write_whole
+from rlhf.models.loading import (
+    load_causal_lm,
+    starts_whole,
+    write_whole,
+)
 from rlhf.models.turns import response_text
 from rlhf.stages.evaluation.policies import sequence_logprobs
-from rlhf.types import Generator, Prompt
+from rlhf.types import (
+    Generator,
+    Prompt,
+)
 from rollout.sampling import Sampling
 
 # Tokens between two looks for the texts that end an answer: vLLM keeps what it has computed of a
@@ -41,12 +55,20 @@ def engine_of(
         path = str(folder) if folder.is_dir() else str(model.path)
     else:
         path = write_whole(load_causal_lm(model, tokenizer), tokenizer, start)
-        model = dataclasses.replace(model, path=path, gguf_file=None)
+        model = dataclasses.replace(
+            model,
+            path=path,
+            gguf_file=None,
+        )
     try:
         generator = make(
             model_path=path,
             tokenizer=tokenizer,
-            model_factory=lambda: load_causal_lm(model, tokenizer, native=True),
+            model_factory=lambda: load_causal_lm(
+                model,
+                tokenizer,
+                native=True,
+            ),
             native=held.is_native,
         )
         try:
@@ -97,12 +119,25 @@ def write_answers(
     live = list(range(len(wanted)))
     while live:
         prompts = [_prompt(wanted[number], written[number]) for number in live]
-        found = generator.generate(prompts, n=1, seed=seed, greedy=sampling is None)
+        found = generator.generate(
+            prompts,
+            n=1,
+            seed=seed,
+            greedy=sampling is None,
+        )
         still = []
-        for number, rollout in zip(live, found, strict=True):
+        for number, rollout in zip(
+            live,
+            found,
+            strict=True,
+        ):
             one, asked = written[number], wanted[number]
             one.ids += rollout.token_ids
-            one.text = response_text(tokenizer, one.ids, chat=asked.chat)
+            one.text = response_text(
+                tokenizer,
+                one.ids,
+                chat=asked.chat,
+            )
             text = up_to(one.text, asked.stops)
             one.finished = rollout.finish_reason == "stop" or text is not None
             one.text = one.text if text is None else text
@@ -118,7 +153,13 @@ def _prompt(asked: Wanted, written: Written) -> Prompt:
     limit = min(left, _LOOK) if asked.stops else left
     ids = (*asked.prompt, *written.ids)
     source: Any = [] if asked.chat else ""
-    return Prompt(f"{asked.name}/{len(written.ids)}", "", ids, source, limit=limit)
+    return Prompt(
+        f"{asked.name}/{len(written.ids)}",
+        "",
+        ids,
+        source,
+        limit=limit,
+    )
 
 
 def up_to(text: str, stops: Sequence[str]) -> str | None:
@@ -151,7 +192,13 @@ def likelihoods_by(
     def in_batches(scored: Sequence[Scored]) -> list[float]:
         prompts = [one.context for one in scored]
         texts = [one.ids for one in scored]
-        found = sequence_logprobs(module, prompts, texts, pad_id=pad_id, micro_tokens=micro_tokens)
+        found = sequence_logprobs(
+            module,
+            prompts,
+            texts,
+            pad_id=pad_id,
+            micro_tokens=micro_tokens,
+        )
         return [float(values.double().sum()) for values in found]
 
     return in_batches
@@ -170,14 +217,37 @@ def _by_vllm(generator: Any, scored: Sequence[Scored]) -> list[float]:
         if len(one.ids) == 1:
             short.setdefault(one.context, []).append(one.ids[0])
     next_ids = [list(dict.fromkeys(ids)) for ids in short.values()]
-    found = generator.logprobs_behind(list(short), next_ids, whole=False)
+    found = generator.logprobs_behind(
+        list(short),
+        next_ids,
+        whole=False,
+    )
     known: dict[tuple[tuple[int, ...], int], float] = {}
-    for context, ids, values in zip(short, next_ids, found, strict=True):
-        known |= {(context, token): value for token, value in zip(ids, values, strict=True)}
+    for context, ids, values in zip(
+        short,
+        next_ids,
+        found,
+        strict=True,
+    ):
+        known |= {
+            (context, token): value
+            for token, value in zip(
+                ids,
+                values,
+                strict=True,
+            )
+        }
     long = [one for one in scored if len(one.ids) > 1]
     sequences = [[*one.context, *one.ids] for one in long]
     whole = generator.logprobs_behind(
         [ids[:-1] for ids in sequences], [ids[-1:] for ids in sequences]
     )
-    sums = iter(sum(v[-len(one.ids) :]) for one, v in zip(long, whole, strict=True))
+    sums = iter(
+        sum(v[-len(one.ids) :])
+        for one, v in zip(
+            long,
+            whole,
+            strict=True,
+        )
+    )
     return [known[one.context, one.ids[0]] if len(one.ids) == 1 else next(sums) for one in scored]

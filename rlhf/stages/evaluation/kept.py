@@ -37,7 +37,11 @@ class KeptAnswers:
         for number, line in enumerate(whole.splitlines(), start=1):
             self._read(number, line)
 
-    def _read(self, number: int, line: bytes) -> None:
+    def _read(
+        self,
+        number: int,
+        line: bytes,
+    ) -> None:
         try:
             row = json.loads(line)
             self.found[row["key"]] = _answer(row)

@@ -7,16 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.labelling import TaskConfig, TaskKind
+from conf.labelling import (
+    TaskConfig,
+    TaskKind,
+)
 from conf.schema import ModelConfig
 from eval.tasks.figures import RowAnswer
-from eval.tasks.prompts import Scored, Text, prompt_of, scored_ids, scored_texts, windows
+from eval.tasks.prompts import (
+    Scored,
+    Text,
+    prompt_of,
+    scored_ids,
+    scored_texts,
+    windows,
+)
 from eval.tasks.prompts import scores_choices as _scores_choices
 from eval.tasks.shapes import TaskRow
 from rlhf.models.directories import fingerprint
-from rlhf.models.encoding import is_chat, prompt_ids, require_template
+from rlhf.models.encoding import (
+    is_chat,
+    prompt_ids,
+    require_template,
+)
 from rlhf.process.files import digest
-from rlhf.stages.evaluation.engines import Wanted, Written
+from rlhf.stages.evaluation.engines import (
+    Wanted,
+    Written,
+)
 from rlhf.stages.evaluation.task_rows import TaskRows
 from rlhf.types import UserError
 
@@ -59,7 +76,12 @@ class Job:
         return max(len(one.context) + len(one.ids) for one in self.scored) - 1, 1
 
 
-def jobs_of(policy: Policy, held: TaskRows, seed: int, backend: str) -> list[Job]:
+def jobs_of(
+    policy: Policy,
+    held: TaskRows,
+    seed: int,
+    backend: str,
+) -> list[Job]:
     """What the policy is asked of each row of a task. Raises UserError, which names policy, task
     and row, where its template refuses a row or the row is too long for it.
     """
@@ -84,7 +106,13 @@ def jobs_of(policy: Policy, held: TaskRows, seed: int, backend: str) -> list[Job
     return jobs
 
 
-def _job(policy: Policy, held: TaskRows, row: TaskRow, seed: int, common: Sequence[str]) -> Job:
+def _job(
+    policy: Policy,
+    held: TaskRows,
+    row: TaskRow,
+    seed: int,
+    common: Sequence[str],
+) -> Job:
     task = held.task
     prompt = prompt_of(task, row, held.pool)
     if task.kind is TaskKind.generation:
@@ -95,10 +123,21 @@ def _job(policy: Policy, held: TaskRows, row: TaskRow, seed: int, common: Sequen
     key = digest([*common, [[one.context, one.ids] for one in scored]])
     sizes = tuple(len(parts) for parts, _ in fitted)
     is_cut = any(cut for _, cut in fitted)
-    return Job(held.name, row, key, scored=scored, parts=sizes, is_cut=is_cut)
+    return Job(
+        held.name,
+        row,
+        key,
+        scored=scored,
+        parts=sizes,
+        is_cut=is_cut,
+    )
 
 
-def _fitted(task: TaskConfig, one: Scored, limit: int | None) -> tuple[list[Scored], bool]:
+def _fitted(
+    task: TaskConfig,
+    one: Scored,
+    limit: int | None,
+) -> tuple[list[Scored], bool]:
     """A text in the parts in which the policy reads it, and whether its context was cut."""
     size = len(one.context) + len(one.ids)
     if limit is None or size <= limit:
@@ -135,7 +174,13 @@ def _writing(
         name = f"{held.name}/{row.number}/{sample}"
         wanted.append(Wanted(name, tuple(ids), task.max_tokens, tuple(task.stops), chat))
     key = digest([*common, f"{held.name}/{row.number}" if task.temperature else "", asked])
-    return Job(held.name, row, key, wanted=tuple(wanted), is_cut=is_cut)
+    return Job(
+        held.name,
+        row,
+        key,
+        wanted=tuple(wanted),
+        is_cut=is_cut,
+    )
 
 
 def _too_long(size: int, limit: int) -> str:

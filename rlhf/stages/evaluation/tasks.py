@@ -6,18 +6,49 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
-from typing import Any, Protocol
+from typing import (
+    Any,
+    Protocol,
+)
 
-from conf.choices import ModelKind, RolloutBackend
-from conf.labelling import TaskConfig, TaskKind
-from conf.reward import EnvironmentConfig, EvalStage
-from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig
+from conf.choices import (
+    ModelKind,
+    RolloutBackend,
+)
+from conf.labelling import (
+    TaskConfig,
+    TaskKind,
+)
+from conf.reward import (
+    EnvironmentConfig,
+    EvalStage,
+)
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    RolloutConfig,
+)
 from eval.sections import Section
-from eval.tasks import figures, lm_eval
-from eval.tasks.figures import Measured, RowAnswer
-from eval.tasks.report import sample_rows, section
+from eval.tasks import (
+    figures,
+    lm_eval,
+)
+from eval.tasks.figures import (
+    Measured,
+    RowAnswer,
+)
+from eval.tasks.report import (
+    sample_rows,
+    section,
+)
 from rlhf.checks import inputs
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import load_tokenizer
@@ -26,12 +57,31 @@ from rlhf.process.supervision import Watchdog
 from rlhf.run import console
 from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.run.tracking.tracker import Tracker
-from rlhf.stages.evaluation.engines import engine_of, likelihoods_by, write_answers
+from rlhf.stages.evaluation.engines import (
+    engine_of,
+    likelihoods_by,
+    write_answers,
+)
 from rlhf.stages.evaluation.kept import KeptAnswers
-from rlhf.stages.evaluation.task_jobs import Job, Policy, jobs_of, of_scored, of_written
-from rlhf.stages.evaluation.task_rows import TaskRows, read_task
-from rlhf.types import Generator, UserError
-from rollout import make_generator, resolve_backend
+from rlhf.stages.evaluation.task_jobs import (
+    Job,
+    Policy,
+    jobs_of,
+    of_scored,
+    of_written,
+)
+from rlhf.stages.evaluation.task_rows import (
+    TaskRows,
+    read_task,
+)
+from rlhf.types import (
+    Generator,
+    UserError,
+)
+from rollout import (
+    make_generator,
+    resolve_backend,
+)
 from rollout.sampling import Sampling
 
 LOG = logging.getLogger("rlhf.stages.eval")
@@ -50,7 +100,11 @@ class TaskRun(Protocol):
     tracker: Tracker
     watchdog: Watchdog
 
-    def add_parent(self, kind: str, path: str | Path | None) -> None: ...
+    def add_parent(
+        self,
+        kind: str,
+        path: str | Path | None,
+    ) -> None: ...
     def add_data(self, path: str | Path | None) -> str | None: ...
 
 
@@ -118,10 +172,20 @@ def _gathered(wrong: list[str], call: Callable[[], Any]) -> Any:
         return None
 
 
-def open_policy(name: str, path: str, model: ModelConfig, chat_template: str | None) -> Policy:
+def open_policy(
+    name: str,
+    path: str,
+    model: ModelConfig,
+    chat_template: str | None,
+) -> Policy:
     """A policy with its tokenizer. Raises UserError that names it."""
     gguf_file = model.gguf_file if path == model.path else None
-    own = dataclasses.replace(model, kind=ModelKind.pretrained, path=path, gguf_file=gguf_file)
+    own = dataclasses.replace(
+        model,
+        kind=ModelKind.pretrained,
+        path=path,
+        gguf_file=gguf_file,
+    )
     try:
         check_model_path(path, "its directory")
         tokenizer = load_tokenizer(own, chat_template)
@@ -159,7 +223,11 @@ def run(ctx: TaskRun) -> tuple[list[Section], dict[str, float]]:
     return _measured(ctx, held, answers)
 
 
-def _answers(ctx: TaskRun, policy: Policy, jobs: Mapping[str, Sequence[Job]]) -> Answers:
+def _answers(
+    ctx: TaskRun,
+    policy: Policy,
+    jobs: Mapping[str, Sequence[Job]],
+) -> Answers:
     """The policy's answers: those that are kept, and for the others those of one engine."""
     folder = ctx.dir / ANSWERS_FOLDER / policy.name
     kept = {task: KeptAnswers(folder / f"{task}.jsonl") for task in jobs}
@@ -304,7 +372,16 @@ def _measured(
         )
         sections.append(made)
         for table in made.tables:
-            rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+            rows = [
+                dict(
+                    zip(
+                        table.columns,
+                        row,
+                        strict=True,
+                    )
+                )
+                for row in table.rows
+            ]
             console.table(rows, title=table.title)
     ctx.tracker.samples(0, samples)
     return sections, metrics
