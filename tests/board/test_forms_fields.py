@@ -11,7 +11,7 @@ from rlhf.cli.options import ANYTHING, NAME, valid_keys
 from rlhf.cli.presets import stage_schema
 
 # Stages that train or make something: the others run until they are stopped, or have other pages.
-_NO_FORM = {"migrate", "chat", "serve", "serve_reward", "serve_rollout", "board", "chain", "doctor"}
+_NO_FORM = {"migrate", "chat", "serve_reward", "serve_rollout", "board", "chain", "doctor"}
 _NO_FORM |= {"registry", "search"}
 
 

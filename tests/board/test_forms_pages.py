@@ -50,8 +50,9 @@ class Jobs:
     def jobs(self) -> list[Any]:
         return self.earlier
 
-    def submit(self, argv: Any, **values: Any) -> None:
+    def submit(self, argv: Any, **values: Any) -> Any:
         self.submitted.append((argv, values))
+        return SimpleNamespace(id="17")
 
 
 @pytest.fixture
@@ -198,6 +199,31 @@ def test_how_long_it_may_take(board: Any, monkeypatch: pytest.MonkeyPatch) -> No
     board.jobs.earlier = [SimpleNamespace(run="earlier", stage="sft", work=work)]
     page = post(board.client, "/new/sft/check", sent).text
     assert "About 2:30, as earlier/sft went on this machine: a step of 4 rows took 1.5 s" in page
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_server_and_its_key(board: Any, monkeypatch: pytest.MonkeyPatch, language: str) -> None:
+    """The key is in one answer and in the job's environment, in no command and on no other page."""
+    monkeypatch.setattr(new, "look", lambda _: Look())
+    model = board.place.runs / "mine" / "sft" / "model"
+    model.mkdir(parents=True)
+    sent = {"run.name": "mine", "model.path": str(model), "stage.port": "8123"}
+    answer = post(board.client, "/new/serve/check", sent)
+    key = re.search(r'name="checked" value="([^"]+)"', answer.text)
+    assert key is not None
+    headers = {"accept-language": language}
+    page = post(board.client, "/new/serve/start", {"checked": key[1]}, **headers)
+    check_accessible(page.text)
+    ((argv, values),) = board.jobs.submitted
+    ((variable, secret),) = values["secret"].items()
+    assert len(secret) > 30 and page.text.count(secret) == 1
+    assert "http://127.0.0.1:8123/v1" in page.text
+    assert f"stage.token_env={variable}" in argv and secret not in " ".join(argv)
+    assert values["run"] is None and secret not in values["title"]
+    assert "/jobs/17" in page.text
+    # neither another address nor another's secret
+    form = board.client.get("/new/serve?stage.host=0.0.0.0&stage.token_env=HOME").text
+    assert "stage.host" in form and 'name="stage.host"' not in form
 
 
 def test_what_was_not_checked_does_not_start(board: Any) -> None:

@@ -76,6 +76,14 @@ BASIC: dict[str, tuple[str, ...]] = {
         "label.title",
         "label.files",
     ),
+    "serve": (
+        *_WHERE,
+        "stage.model_name",
+        "stage.adapters",
+        "stage.port",
+        "data.max_prompt_length",
+        "rollout.max_response_length",
+    ),
     "export": (
         *_WHERE,
         "stage.safetensors",
@@ -111,6 +119,7 @@ TERMS: dict[str, tuple[str, ...]] = {
     "stage.judges": ("judge",),
     "label.policies": ("policy",),
     "label.targets": ("annotator",),
+    "stage.adapters": ("lora",),
     "stage.gguf": ("gguf",),
     "stage.dtype": ("dtype",),
     "data.pipeline": ("pipeline",),

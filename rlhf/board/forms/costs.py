@@ -25,6 +25,7 @@ from conf.stages import (
     OfflineStage,
     OnlineStage,
     PreferenceStage,
+    ServeStage,
     TrainStage,
 )
 
@@ -125,6 +126,10 @@ def _label(cfg: Settings) -> Iterator[Cost]:
         yield "label_import", {}
 
 
+def _serve(_: Settings) -> Iterator[Cost]:
+    yield "serve", {}
+
+
 def _export(_: Settings) -> Iterator[Cost]:
     yield "export", {}
 
@@ -139,5 +144,6 @@ _OF: dict[type, Callable[[Settings], Iterator[Cost]]] = {
     EvalStage: _eval,
     LabelStage: _label,
     ExportStage: _export,
+    ServeStage: _serve,
     DataStage: _data,
 }

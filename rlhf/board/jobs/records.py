@@ -5,6 +5,7 @@
     process.json     the run's number and start: its first process
     stop.json        somebody asked it to stop
     exit.json        its exit code, and when it ended
+    secrets.json     what its environment holds that nobody else may read: gone once it was begun
     output.txt       what it printed
 
 Each is written beside its name and renamed, so a reader sees a whole file or none. The state
@@ -25,6 +26,7 @@ from rlhf.board.jobs.processes import is_alive, start_mark
 
 JOB_FILE, CLAIM_FILE, PROCESS_FILE = "job.json", "supervisor.json", "process.json"
 STOP_FILE, EXIT_FILE, OUTPUT_FILE = "stop.json", "exit.json", "output.txt"
+SECRETS_FILE = "secrets.json"
 CANT_START = 127  # exit code of what could not be started, as a shell has it
 # Exit codes of a run that a signal ended; one that saved first ends with the same.
 _BY_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -60,10 +62,12 @@ class Job:
         return self.state in ACTIVE
 
 
-def write(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+def write(folder: Path, name: str, content: Mapping[str, Any], mode: int = 0o666) -> None:
     """Write a file of a job whole or not at all."""
     beside = folder / f".{name}.{secrets.token_hex(4)}"
-    beside.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, ensure_ascii=False) + "\n")
     os.replace(beside, folder / name)
 
 

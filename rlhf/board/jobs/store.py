@@ -22,6 +22,7 @@ from rlhf.board.jobs.records import (
     JOB_FILE,
     OUTPUT_FILE,
     PROCESS_FILE,
+    SECRETS_FILE,
     STOP_FILE,
     Job,
     lives,
@@ -58,9 +59,11 @@ class Jobs:
         run: str | None,
         stage: str | None,
         work: Mapping[str, Any] | None = None,
+        secret: Mapping[str, str] | None = None,
     ) -> Job:
         """Queue ``python -m rlhf *argv`` and start what there is room for. run, stage: the run
         directory that it will write, None for none. work: what it has to do, where that is known.
+        secret: environment variables that stand in no command and no output.
 
         Raises UserError where a job is at that run directory already.
         """
@@ -87,6 +90,8 @@ class Jobs:
             beside = self.folder / f".{name}"
             beside.mkdir()
             write(beside, JOB_FILE, content)
+            if secret:
+                write(beside, SECRETS_FILE, secret, mode=0o600)
             beside.rename(self.folder / name)
         start_waiting(self.folder)
         return self.job(name)

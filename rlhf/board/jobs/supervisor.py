@@ -24,6 +24,7 @@ from rlhf.board.jobs.records import (
     JOB_FILE,
     OUTPUT_FILE,
     PROCESS_FILE,
+    SECRETS_FILE,
     STOP_FILE,
     read,
     this_process,
@@ -67,12 +68,14 @@ def _lock(file: Any) -> bool:
 
 
 def _run(folder: Path, asked: Mapping[str, Any], device: str) -> None:
+    secret = read(folder, SECRETS_FILE) or {}
+    (folder / SECRETS_FILE).unlink(missing_ok=True)
     try:
         with (folder / OUTPUT_FILE).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf", *asked["argv"]],
                 cwd=asked["cwd"],
-                env=_environment(device),
+                env={**_environment(device), **secret},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

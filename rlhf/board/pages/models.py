@@ -40,6 +40,7 @@ def ways(made: Made) -> list[tuple[str, str]]:
     return [
         ("export", _form("export", {"model.path": path, "run.name": made.run})),
         ("chat", "/chat?" + urlencode({"model": path})),
+        ("serve", _form("serve", {"model.path": path, "run.name": made.run})),
         ("eval", _form("eval", _before_and_after(made))),
     ]
 

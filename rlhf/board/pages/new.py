@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from conf.stages import FAMILIES
+from conf.stages import FAMILIES, ServeStage
 from rlhf.board.app import Place
 from rlhf.board.forms import rows, standing
 from rlhf.board.forms.basic import stages
@@ -35,6 +35,7 @@ from rlhf.run.directory import run_directory
 
 _MOST_BYTES = 4 << 20  # of a form
 _MOST_FIELDS = 50_000
+_KEY = "BOARD_SERVE_KEY"  # the environment variable of a server with its key
 _KEPT = 200  # checks that can still be started
 _FOLDER, _FILE = "experiments", "mine"  # where the page proposes to save the YAML
 
@@ -50,6 +51,7 @@ class Checked:
     run: str
     folder: str  # of the stage in the run's directory
     work: Mapping[str, Any] | None  # what it has to do, where the dry run said so
+    serves: ServeStage | None  # of stage=serve, which writes no run directory
 
 
 def routes(place: Place) -> Sequence[BaseRoute]:
@@ -122,7 +124,10 @@ class Pages:
         key = secrets.token_urlsafe(16)
         stage = filled.form.stage
         work = work_of(found.facts)
-        self._checked[key] = Checked(stage, filled.overrides, cfg.run.name, directory.name, work)
+        serves = cfg.stage if isinstance(cfg.stage, ServeStage) else None
+        self._checked[key] = Checked(
+            stage, filled.overrides, cfg.run.name, directory.name, work, serves
+        )
         while len(self._checked) > _KEPT:
             self._checked.popitem(last=False)
         return page(
@@ -153,6 +158,8 @@ class Pages:
             filled.top.append(Problem("forms.again"))
             return self._form(request, filled, 422)
         title = f"{stage}: {checked.run}"
+        if checked.serves is not None:
+            return await run_in_threadpool(self._serve, request, checked, checked.serves, title)
         await run_in_threadpool(
             self._place.jobs.submit,
             checked.overrides,
@@ -162,6 +169,23 @@ class Pages:
             work=checked.work,
         )
         return RedirectResponse(run_link(checked.run, checked.folder), 303)
+
+    def _serve(
+        self, request: Request, checked: Checked, served: ServeStage, title: str
+    ) -> Response:
+        """Start a server with a key that this answer alone holds."""
+        key = secrets.token_urlsafe(32)
+        argv = [*checked.overrides, f"stage.token_env={_KEY}"]
+        job = self._place.jobs.submit(argv, title=title, run=None, stage=None, secret={_KEY: key})
+        return page(
+            request,
+            "served.html",
+            title=title,
+            names=[served.model_name or checked.run, *served.adapters],
+            url=f"http://{served.host}:{served.port}/v1" if served.port else None,
+            key=key,
+            job=f"/jobs/{job.id}",
+        )
 
     def _stands(self, filled: Filled) -> dict[str, str]:
         """The command and the file; empty where something stands against them."""

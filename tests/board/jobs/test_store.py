@@ -71,6 +71,19 @@ def test_nobody_has_to_read_the_output(acting: Path) -> None:
     assert len(jobs.output(job.id, after)[0]) == size - after
 
 
+def test_a_secret_is_in_the_environment_alone(acting: Path) -> None:
+    jobs = Jobs(acting)
+    first = submit(jobs, "run")
+    secret = {"CUDA_VISIBLE_DEVICES": "a-secret"}  # this part prints it
+    job = jobs.submit(["act=words"], title="t", run=None, stage=None, secret=secret)
+    path = job.folder / "secrets.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "a-secret" not in (job.folder / "job.json").read_text()
+    jobs.kill(first.id)
+    wait(jobs, job, "ended")
+    assert printed(jobs, job) == "first\na-secret\n" and not path.exists()
+
+
 def test_stop_lets_the_run_save_and_asking_twice_is_asking_once(acting: Path) -> None:
     jobs = Jobs(acting)
     job = submit(jobs, "run", "a")
