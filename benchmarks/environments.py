@@ -1,5 +1,5 @@
 """How fast episodes are written: 64 of 4 turns against 64 responses of one turn that are as long,
-by one engine in turns. python -m benchmarks.environments [rounds] [hf|vllm]
+by one engine in turns. python -m benchmarks.environments [rounds] [hf|vllm] [tokens of a turn]
 
 The policy has 5M random weights, so that it would end a turn only by chance: here each turn is as
 long as it may be, and counts as ended. With `uneven` a turn's length is drawn between half and one
@@ -26,12 +26,16 @@ from rlhf.types import AdapterWeights, FullWeights, Generator, Message, Prompt, 
 from rollout import make_generator
 from rollout.episodes import EpisodeGenerator
 
-EPISODES, TURNS, TURN_TOKENS = 64, 4, 24
+EPISODES, TURNS, TURN_TOKENS = 64, 4, 64
 SHAPE = TinyConfig(
-    vocab_size=8000, hidden_size=256, intermediate_size=704, layers=4, heads=4, max_positions=512
+    vocab_size=8000, hidden_size=256, intermediate_size=704, layers=4, heads=4, max_positions=1024
 )
 PROMPT_TOKENS = 96
 TARGET = 0.8
+_ANSWER = 32  # most tokens of what the environment says
+# The policy's tokenizer has a token for each of these words and marks, as chat models' have.
+WORDS = ["user", "assistant", "Guess what I think of.", "That is not it, try again."]
+MARKS = ["<|im_start|>", "<|im_end|>"]
 
 
 class Answering:
@@ -54,6 +58,7 @@ class Whole:
     """A generator whose responses are as long as they may be, and count as ended."""
 
     inner: Generator
+    turn_tokens: int
     uneven: random.Random | None = None
 
     @property
@@ -78,7 +83,7 @@ class Whole:
 
     def _length(self) -> int:
         assert self.uneven is not None
-        return self.uneven.randint(TURN_TOKENS // 2, TURN_TOKENS * 3 // 2)
+        return self.uneven.randint(self.turn_tokens // 2, self.turn_tokens * 3 // 2)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """As the generator inside."""
@@ -101,15 +106,16 @@ def start(folder: Path, backend: RolloutBackend, limits: EnvironmentConfig) -> t
     from rlhf.models.loading import tiny_config, train_tokenizer
     from rlhf.models.templates import template_text
 
-    tokenizer = train_tokenizer(["That is not it, try again."] * 4, 8000, SHAPE.max_positions)
+    tokenizer = train_tokenizer(WORDS * 4, 8000, SHAPE.max_positions)
     tokenizer.chat_template = template_text("chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(SHAPE, tokenizer), dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rollout = RolloutConfig(
         backend=backend,
-        max_response_length=TURNS * TURN_TOKENS * 2,
+        max_response_length=limits.max_tokens,
         kv_cache_gib=0.25,
         max_num_seqs=EPISODES,
     )
@@ -135,10 +141,12 @@ def tokens_a_second(generator: Generator, prompts: Sequence[Prompt], seed: int) 
     return sum(rollout.length for rollout in rollouts) / (time.perf_counter() - began)
 
 
-def measure(rounds: int, backend: RolloutBackend) -> dict[str, list[float]]:
+def measure(rounds: int, backend: RolloutBackend, turn_tokens: int) -> dict[str, list[float]]:
     """Written tokens a second of each way, by turns."""
     limits = EnvironmentConfig(
-        kind=EnvironmentKind.python, max_turns=TURNS, max_tokens=TURNS * TURN_TOKENS * 3
+        kind=EnvironmentKind.python,
+        max_turns=TURNS,
+        max_tokens=TURNS * (turn_tokens * 3 // 2 + _ANSWER),
     )
     source: list[Message] = [{"role": "user", "content": "Guess what I think of."}]
     with tempfile.TemporaryDirectory() as folder:
@@ -146,15 +154,15 @@ def measure(rounds: int, backend: RolloutBackend) -> dict[str, list[float]]:
         ids = tuple(prompt_ids(tokenizer, source))
         prompts = [Prompt(str(i), "", ids, source) for i in range(EPISODES)]
         # a single turn of as many tokens
-        single = [replace(prompt, limit=TURNS * TURN_TOKENS) for prompt in prompts]
+        single = [replace(prompt, limit=TURNS * turn_tokens) for prompt in prompts]
         even, uneven = (
             EpisodeGenerator(
-                Whole(engine, drawn),
+                Whole(engine, turn_tokens, drawn),
                 tokenizer,
                 limits,
                 Answering,
                 max_prompt=PROMPT_TOKENS,
-                max_turn=TURN_TOKENS * (2 if drawn else 1),
+                max_turn=turn_tokens * (2 if drawn else 1),
             )
             for drawn in (None, random.Random(0))
         )
@@ -174,9 +182,10 @@ def main(arguments: Sequence[str]) -> None:
     """Measure and print."""
     rounds = int(arguments[0]) if arguments else 7
     backend = RolloutBackend(arguments[1] if len(arguments) > 1 else "vllm")
-    speeds = measure(rounds, backend)
+    turn_tokens = int(arguments[2]) if len(arguments) > 2 else TURN_TOKENS
+    speeds = measure(rounds, backend, turn_tokens)
     single = speeds["single"]
-    print(f"{backend.value}, {EPISODES} x {TURNS} turns of {TURN_TOKENS} tokens, {rounds} rounds")
+    print(f"{backend.value}, {EPISODES} x {TURNS} turns of {turn_tokens} tokens, {rounds} rounds")
     for name, values in speeds.items():
         shares = [value / base for value, base in zip(values, single, strict=True)]
         low, middle, high = min(shares), statistics.median(shares), max(shares)

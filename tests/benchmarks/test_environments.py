@@ -14,10 +14,9 @@ def test_every_way_is_measured(
     tiny = TinyConfig(vocab_size=300, max_positions=512, **shape)
     monkeypatch.setattr(environments, "SHAPE", tiny)
     monkeypatch.setattr(environments, "EPISODES", 3)
-    monkeypatch.setattr(environments, "TURN_TOKENS", 4)
-    speeds = environments.measure(2, RolloutBackend.hf)
+    speeds = environments.measure(2, RolloutBackend.hf, 4)
     assert speeds.keys() == {"single", "episodes", "uneven"}
     assert all(len(values) == 2 and min(values) > 0 for values in speeds.values())
-    monkeypatch.setattr(environments, "measure", lambda rounds, backend: speeds)
-    environments.main(["2", "hf"])
+    monkeypatch.setattr(environments, "measure", lambda rounds, backend, turn_tokens: speeds)
+    environments.main(["2", "hf", "4"])
     assert "target 0.8" in capsys.readouterr().out
