@@ -1,5 +1,8 @@
-"""Options of what judges answers and rewards: ``stage.llm_judge`` of ``stage=eval``."""
+"""Options of what judges answers, ``stage.llm_judge`` of ``stage=eval``, and of what looks at
+reward models, ``stage=eval_reward``.
+"""
 
+import re
 from dataclasses import dataclass
 
 from conf.options import check, check_options, option
@@ -112,4 +115,81 @@ class LLMJudgeConfig:
             "stage.llm_judge.model",
             self.model,
             "the model's name at the server with stage.llm_judge.url",
+        )
+
+
+# words of the report's tables that a model's name would stand beside
+_TAKEN = ("section", "subset", "pairs", "length")
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalRewardStage:
+    """Looks at reward models: accuracy by subset, calibration, best-of-n, over-optimisation, and
+    how far several agree.
+    """
+
+    name: str = option("eval_reward", "Name of the preset; stage=NAME sets it.")
+    models: dict[str, str] = option(
+        {}, "Reward models by name: directories that stage=reward wrote; empty: reward.path."
+    )
+    pairs: str | None = option(
+        None,
+        "Pairs that people judged (prompt, chosen, rejected, and where there is one subset); null: "
+        "no accuracy, calibration and agreement.",
+        filled=True,
+    )
+    bins: int = option(10, "Bins of confidence.", unit="bins", at_least=2, at_most=100)
+    samples: str | None = option(
+        None,
+        "Several answers to each prompt (prompt, response), such as the samples.jsonl of "
+        "stage=eval; null: no best-of-n.",
+        filled=True,
+        section="best of n",
+    )
+    proxy: str | None = option(
+        None,
+        "What the best is chosen by: one of the models, or a column of samples; null: the first "
+        "model.",
+        filled=True,
+    )
+    judge: str | None = option(
+        None,
+        "What values the best and never trained anything: another model, or a column of samples.",
+        filled=True,
+    )
+    curve: str | None = option(
+        None,
+        "Rows of scores along a run, such as its metrics.jsonl; null: no over-optimisation.",
+        filled=True,
+        section="over-optimisation",
+    )
+    curve_kl: str = option(
+        "objective/kl", "Column of curve: nats from the start.", unit="nats", filled=True
+    )
+    curve_proxy: str = option(
+        "judge/proxy", "Column of curve: the score that trained the policy.", filled=True
+    )
+    curve_judge: str = option("judge/score", "Column of curve: the judge's score.", filled=True)
+    bootstrap: int = option(1000, "Resamples for 95 % intervals.", unit="resamples", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        for name in self.models:
+            check(
+                re.fullmatch(r"[A-Za-z0-9_.-]+", name) is not None and name not in _TAKEN,
+                "stage.models",
+                name,
+                f"names of letters, digits and _.- other than {', '.join(_TAKEN)}",
+            )
+        check(
+            self.samples is None or self.judge is not None,
+            "stage.judge",
+            self.judge,
+            "a column of stage.samples, or one of stage.models, with stage.samples",
+        )
+        check(
+            self.judge is None or self.judge != self.proxy,
+            "stage.judge",
+            self.judge,
+            "another scorer than stage.proxy",
         )

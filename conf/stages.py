@@ -8,6 +8,7 @@ from enum import Enum
 
 from conf.choices import CPOLoss, Dtype
 from conf.data import MigrateStage
+from conf.judging import EvalRewardStage
 from conf.labelling import LabelStage
 from conf.methods import SearchStage
 from conf.online import OnlineStage
@@ -40,6 +41,7 @@ __all__ = [
     "ChatStage",
     "DataStage",
     "DoctorStage",
+    "EvalRewardStage",
     "EvalStage",
     "ExportStage",
     "GGUFType",
@@ -269,6 +271,7 @@ STAGES: dict[str, type] = {
     "orpo": ORPOStage,
     "ppo": OnlineStage,
     "eval": EvalStage,
+    "eval_reward": EvalRewardStage,
     "export": ExportStage,
     "chat": ChatStage,
     "serve": ServeStage,
@@ -289,7 +292,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "prepare": ("migrate", "data", "label"),
     "train": ("sft", "reward", "dpo", "kto", "cpo", "orpo"),
     "online": ("ppo",),
-    "judge": ("eval",),
+    "judge": ("eval", "eval_reward"),
     "use": ("export", "chat", "serve"),
     "keep": ("registry",),
     "serve": ("serve_reward", "serve_rollout"),
@@ -316,6 +319,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
         "launch",
     ),
     "eval": (*_SCORED, "environment", "tasks"),
+    "eval_reward": ("run", "reward", "tracking"),
     "export": ("run", "model", "data", "tracking"),
     "chat": ("run", "model", "rollout", "environment", "data"),
     "serve": ("run", "model", "rollout", "data"),

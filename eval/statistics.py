@@ -97,6 +97,26 @@ def wilson(share: float, count: int, confidence: float = 0.95) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def share_by_group(
+    cases: Sequence[tuple[str, float, float]], *, resamples: int, seed: int
+) -> Interval | None:
+    """A share of cases that are independent between groups only, such as prompts: the sum of the
+    second numbers over that of the third, with whole groups resampled for the 95 % interval
+    (`wilson` of the groups where all of them agree). None where nothing counts.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for group, part, whole in cases:
+        old = sums.get(group, (0.0, 0.0))
+        sums[group] = (old[0] + part, old[1] + whole)
+    values = np.array([value for value in sums.values() if value[1] > 0]).reshape(-1, 2)
+    if not len(values):
+        return None
+    found = bootstrap_ratio(values[:, 0], values[:, 1], resamples=resamples, seed=seed)
+    if found.low == found.high:  # all or none: resampling sees no other case
+        return wilson(found.estimate, len(values))
+    return found
+
+
 def paired_difference(
     before: Sequence[float],
     after: Sequence[float],

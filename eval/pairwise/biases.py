@@ -10,11 +10,9 @@ arXiv:2306.05685, table 2); a coin without ties does for 50 %.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from eval.pairwise.asking import IDENTICAL, TOO_LONG
 from eval.pairwise.verdicts import Judged, Verdict
-from eval.statistics import Interval, bootstrap_ratio, wilson
+from eval.statistics import Interval, share_by_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ def biases(judged: Sequence[Judged], *, resamples: int, seed: int) -> Biases:
     asked = sum(one.unasked is None for one in judged)
 
     def share(cases: Sequence[tuple[str, float, float]]) -> Interval | None:
-        return _share(cases, resamples=resamples, seed=seed)
+        return share_by_group(cases, resamples=resamples, seed=seed)
 
     verdicts = [verdict for one in read for verdict in _verdicts(one)]
     ties = verdicts.count(Verdict.tie)
@@ -93,20 +91,3 @@ def _longer_wins(one: Judged) -> tuple[str, float, float]:
     if one.pair.longer_by == 0:
         return one.pair.prompt_id, 0.0, 0.0
     return one.pair.prompt_id, mean if one.pair.longer_by > 0 else 1 - mean, 1.0
-
-
-def _share(
-    cases: Sequence[tuple[str, float, float]], *, resamples: int, seed: int
-) -> Interval | None:
-    """Sum of the second over sum of the third, with prompts resampled; None for no cases."""
-    sums: dict[str, tuple[float, float]] = {}
-    for prompt, part, whole in cases:
-        old = sums.get(prompt, (0.0, 0.0))
-        sums[prompt] = (old[0] + part, old[1] + whole)
-    values = np.array([value for value in sums.values() if value[1] > 0]).reshape(-1, 2)
-    if not len(values):
-        return None
-    found = bootstrap_ratio(values[:, 0], values[:, 1], resamples=resamples, seed=seed)
-    if found.low == found.high:  # all or none: resampling sees no other case
-        return wilson(found.estimate, len(values))
-    return found

@@ -51,7 +51,16 @@ def select(cfg: Config, folder: Path, clock: Clock) -> Selection:
     if label.samples:
         answered = _from_samples(label, DataRequest.of(cfg), cfg.model)
     else:
-        answered = _from_policies(cfg, folder, clock)
+        writers = policies_of(label, cfg.model.path)
+        count = _responses_each(label)
+        responses, truncated = answers.write_answers(cfg, folder, writers, count, clock)
+        details = {
+            "source": "policies",
+            "policies": writers,
+            "data": sources.given(cfg.data),
+            "rewards": reward_names(cfg.reward),
+        }
+        answered = Answered(responses, truncated, details)
     with clock.phase("choose"):
         gathered, questions = selection.select_answers(
             answered.responses, label, vectors=vectors, seed=cfg.run.seed
@@ -67,23 +76,16 @@ def select(cfg: Config, folder: Path, clock: Clock) -> Selection:
     return Selection(questions, counts, details)
 
 
-def _from_policies(cfg: Config, folder: Path, clock: Clock) -> Answered:
-    label = cfg.label
-    policies = policies_of(label, cfg.model.path)
-    count = 1 if label.ab.enabled else label.responses
-    if count < label.responses:
+def _responses_each(label: LabelConfig) -> int:
+    """How many responses a policy writes to a prompt."""
+    if not label.ab.enabled:
+        return label.responses
+    if label.responses > 1:
         LOG.info(
             "label.ab.enabled=true: one response of each policy to each prompt, so that no two "
             "pairs share a prompt."
         )
-    responses, truncated = answers.write_answers(cfg, folder, policies, count, clock)
-    details = {
-        "source": "policies",
-        "policies": policies,
-        "data": sources.given(cfg.data),
-        "rewards": reward_names(cfg.reward),
-    }
-    return Answered(responses, truncated, details)
+    return 1
 
 
 def reward_names(reward: RewardConfig) -> list[str]:
