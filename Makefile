@@ -30,7 +30,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
-    bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
+    bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
     proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels clean
 
@@ -148,6 +148,9 @@ migration: $(STAMP) ## how many trainings of PEERS="DIRECTORY ..." migrate, comp
 
 bench-gpu: ## PPO and GRPO on one CUDA device (10 min): benchmarks/gpu.sh
 	benchmarks/gpu.sh
+
+bench-board: $(STAMP) ## the board's start, memory, forms and list against their aims (1 min, idle)
+	$(OFFLINE) $(PY) -m benchmarks.board
 
 bench-data: $(STAMP) ## slow: near duplicates of 100,000 texts, a 2 GiB file, data=clean (15 min)
 	$(OFFLINE) $(PY) -m benchmarks.data
