@@ -7,12 +7,13 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from tests.board.browsing import Visitor, browser, served
 from tests.board.furnished import furnish
-from tests.board.test_browser import PAGES
+from tests.board.test_browser import PAGES, dry_run
 
 HERE = Path(__file__).resolve().parent
 COLOURS = 64
@@ -35,10 +36,17 @@ def main(names: list[str]) -> None:
                         continue
                     page = visitor.open(path.format(model=model))
                     page.evaluate(f"scrollTo(0, {SCROLLED.get(name, 0)})")
-                    picture = Image.open(io.BytesIO(page.screenshot()))
-                    small = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=COLOURS)
-                    small.save(folder / f"{name}.{language}.png", optimize=True)
+                    draw(page, folder / f"{name}.{language}.png")
+                if not names or "checked" in names:
+                    draw(dry_run(visitor, runs, "looked"), folder / f"checked.{language}.png")
                 visitor.close()
+
+
+def draw(page: Any, path: Path) -> None:
+    """A palette picture of what the window shows."""
+    picture = Image.open(io.BytesIO(page.screenshot()))
+    small = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=COLOURS)
+    small.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 ENGLISH = "en"
-PARTS = ("options", "titles", "presets", "figures", "relations")
+PARTS = ("options", "titles", "presets", "figures", "relations", "errors")
 _HOLE = re.compile(r"\{([~#]|\d*)\}")
 _HOLDS = {"#": r"([\d.,e+-]+)"}  # the rest holds anything
 _LONGEST = 2000  # characters of a text that patterns are tried on

@@ -80,6 +80,22 @@ def path_of(name: str, runs: Path) -> str:
     return PAGES[name].format(model=runs / "demo" / "sft" / "model")
 
 
+def dry_run(visitor: Visitor, runs: Path, run: str) -> Any:
+    """The page before the start of a small DPO, with a warning."""
+    query = {
+        "run.name": run,
+        "data.path": str(runs / ".board" / "uploads" / "pairs.csv"),
+        "model.path": str(runs / "demo" / "sft" / "model"),
+        "stage.batch_size": "2",
+        "stage.max_length": "64",
+        "stage.learning_rate": "1",
+    }
+    page = visitor.open("/new/dpo?" + urlencode(query))
+    page.locator("button.primary").first.click()
+    page.locator("form[action='/new/dpo/start'] button").wait_for(timeout=LOADING_MS)
+    return page
+
+
 # ---- barriers ----
 
 
@@ -102,17 +118,7 @@ def test_no_barrier_before_a_start_and_for_an_annotator(
 ) -> None:
     """The dry run's page, and the one that an annotator's link opens; a form with a problem."""
     visitor = visit(language)
-    query = {
-        "run.name": f"looked-{language}",
-        "data.path": str(runs / ".board" / "uploads" / "pairs.csv"),
-        "model.path": str(runs / "demo" / "sft" / "model"),
-        "stage.batch_size": "2",
-        "stage.max_length": "64",
-        "stage.learning_rate": "1",
-    }
-    page = visitor.open("/new/dpo?" + urlencode(query))
-    page.locator("button.primary").first.click()
-    page.locator("form[action='/new/dpo/start'] button").wait_for(timeout=LOADING_MS)
+    page = dry_run(visitor, runs, f"looked-{language}")
     found = violations(page)
     if language == "zh":  # but for commands, names and the rows themselves
         shown = page.locator("main [lang=en]")

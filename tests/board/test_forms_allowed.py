@@ -9,16 +9,17 @@ import pytest
 from conf.preparation import STEPS
 from conf.stages import STAGES
 from rlhf.board.forms import allowed
-from rlhf.board.forms.fields import Widget, form_of
+from rlhf.board.forms.basic import stages
+from rlhf.board.forms.fields import Scalar, Widget, form_of
 from rlhf.cli.options import NAME, valid_keys
 
 
-@pytest.mark.parametrize("schema", ["sft", "ppo", "eval", "label", "data", "export"])
+@pytest.mark.parametrize("schema", ["sft", "ppo", "eval", "label", "data", "export", "serve"])
 def test_no_field_runs_code_or_reaches_out(schema: str) -> None:
     keys = {each.key for each in form_of(schema, False)}
     inner = {inner.key for each in form_of(schema, False) for inner in each.inner}
     forbidden = {"url", "token_env", "function", "judge_function", "python", "push", "pull", "env"}
-    forbidden |= {"trust_remote_code", "setup", "servers", "entity", "isolation", "script"}
+    forbidden |= {"trust_remote_code", "setup", "servers", "entity", "isolation", "script", "host"}
     assert not {key.split(".")[-1] for key in keys} & forbidden
     assert not inner & forbidden
     assert not {key for key in keys if key.startswith("launch")} and "run.dir" not in keys
@@ -30,6 +31,23 @@ def test_refused_and_path_options_exist() -> None:
     assert known >= allowed.REFUSED
     assert allowed.PATHS - steps <= known
     assert set(allowed.REFUSED).isdisjoint(allowed.PATHS)
+
+
+def test_every_option_about_files_is_known_as_a_path() -> None:
+    """By its sentence, so that a new one can't name files elsewhere; but for names of other
+    things.
+    """
+    found = set()
+    about = re.compile(r"\b(files?|director(y|ies))\b", re.IGNORECASE)
+    for stage in stages():
+        for field in form_of(stage, False):
+            inside = [(f"{field.key}.{NAME}.{each.key}", each) for each in field.inner]
+            for key, each in [(field.key, field), *inside]:
+                is_text = each.scalar in (Scalar.text, Scalar.anything) and not each.choices
+                if each.option is not None and is_text and about.search(each.option.info.doc):
+                    found.add(key)
+    names = {"data.columns", "model.gguf_file", "run.name", "stage.license", "stage.title"}
+    assert found - names <= allowed.PATHS
 
 
 def test_every_file_of_a_step_is_known_as_a_path() -> None:

@@ -109,6 +109,17 @@ def test_every_relation_between_options_has_its_chinese() -> None:
     assert sorted(known - {expected for _, expected in found}) == []
 
 
+def test_the_errors_that_were_translated_are_still_said() -> None:
+    """The commonest ones; the others stay English."""
+    said_of = set()
+    for folder in ("rlhf", "reward"):
+        for path in (CONF_DIR.parent / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                    said_of.add(template(node.args[0]))
+    assert sorted(part("errors", ZH).keys() - said_of) == []
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_holes_are_the_same(name: str) -> None:
     hole = re.compile(r"\{([~#]|\d*)\}")
