@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.board.paths import run_and_stage, run_directories
+from rlhf.board.units import folder_bytes
 from rlhf.models.directories import ADAPTER_CONFIG
 from rlhf.run.directory import SUMMARY_FILE
 from rlhf.run.manifest import read_manifest
@@ -95,7 +96,7 @@ def _made(run: str, stage: str, stage_folder: Path, runs: Path) -> Made | None:
         is_reward=is_classifier(path),
         is_adapter=bool(adapter),
         base=base if isinstance(base, str) else None,
-        size=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        size=folder_bytes(path),
         time=summary.stat().st_mtime,
         parents=tuple(_parents(stage_folder, runs)),
         figures=_figures(content.get("metrics")),

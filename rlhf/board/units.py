@@ -1,6 +1,7 @@
 """Sizes and times as people read them."""
 
 import time
+from pathlib import Path
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -13,6 +14,12 @@ def size_text(count: int) -> str:
         unit += 1
     digits = 1 if unit and value < 100 else 0
     return f"{value:.{digits}f} {_UNITS[unit]}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files in a folder take; links are not followed."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(path.stat().st_size for path in files)
 
 
 def time_text(seconds: float) -> str:

@@ -9,7 +9,7 @@ from rlhf.types import UserError
 # What Hydra reads as it stands, and as a text.
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
-_WORDS = ("true", "false", "null", "inf", "nan")  # read as other types, in any case
+WORDS = ("true", "false", "null", "inf", "nan")  # Hydra reads other types, in any case
 _ESCAPED = re.compile(r"([\\()\[\]{}:=, \t])")
 
 
@@ -43,7 +43,7 @@ def in_grammar(value: Any) -> str:
 def _text(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+    if _PLAIN.fullmatch(text) and text.lower() not in WORDS:
         return text
     return QuotedString(text, Quote.double).with_quotes()
 

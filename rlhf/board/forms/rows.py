@@ -12,12 +12,12 @@ from typing import Any
 from conf.options import MISSING
 from rlhf.board.forms.fields import Field, Scalar, Widget, step_fields
 from rlhf.board.forms.values import Problem, last, plain, read, scalar, shown, texts
+from rlhf.cli.writing import WORDS
 
 VALUE = "value"  # the field of a table's row
 STEP = "step"  # the key of a step's name, as data.pipeline has it
 ROWS = (Widget.table, Widget.items, Widget.steps)
 _NAME = re.compile(r"[A-Za-z_][\w-]{0,63}", re.ASCII)
-_WORDS = ("true", "false", "null", "inf", "nan")  # no names: Hydra reads other types
 _MOST = 200  # rows of one dictionary
 
 Sent = Mapping[str, Sequence[str]]
@@ -211,7 +211,7 @@ def _put(result: dict[str, Any], names: Sequence[str], value: Any, row: Row) -> 
 def _check_name(row: Row, taken: Mapping[str, Any], *, plain_name: bool) -> None:
     if not row.name:
         raise Problem("forms.error.empty")
-    word = row.name.lower() in _WORDS
+    word = row.name.lower() in WORDS
     if plain_name and (word or not _NAME.fullmatch(row.name)):
         raise Problem("forms.error.name", {"name": row.name})
     if row.name in taken:

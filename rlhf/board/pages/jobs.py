@@ -14,11 +14,11 @@ from starlette.routing import BaseRoute, Route
 from rlhf.board.app import Place
 from rlhf.board.jobs.records import OUTPUT_FILE
 from rlhf.board.jobs.store import Job
-from rlhf.board.pages.runs import moment
 from rlhf.board.paths import NotHere, run_link
 from rlhf.board.rendering import language_of, page, translator
-from rlhf.board.runs import deletion, facts, output
+from rlhf.board.runs import facts, output
 from rlhf.board.runs.listing import LOOKS
+from rlhf.board.units import folder_bytes, size_text, time_text
 
 
 def target(job: Job) -> str:
@@ -49,7 +49,7 @@ class _Pages:
             "job.html",
             job=job,
             look=LOOKS[job.state],
-            created=moment(job.created),
+            created=time_text(job.created),
             command=facts.command(job.argv),
             live=self._live(job, t),
         )
@@ -70,9 +70,9 @@ class _Pages:
     def ask_to_forget(self, request: Request) -> Response:
         """``/jobs-over``: jobs that have ended and that no run's page shows."""
         jobs = self.place.jobs.over()
-        size = sum(deletion.size_mib(job.folder) for job in jobs)
-        rows = [(job, moment(job.created)) for job in jobs]
-        return page(request, "jobs_over.html", rows=rows, size=f"{size:.1f}")
+        size = size_text(sum(folder_bytes(job.folder) for job in jobs))
+        rows = [(job, time_text(job.created)) for job in jobs]
+        return page(request, "jobs_over.html", rows=rows, size=size)
 
     def forget(self, request: Request, form: FormData) -> Response:
         """The same, sent with the jobs that it showed: none that ended since goes with them."""

@@ -1,7 +1,6 @@
 """All runs: list, search, curves of several side by side, deletion."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +16,7 @@ from rlhf.board.rendering import language_of, page, translator
 from rlhf.board.runs import deletion, drawing, pictures
 from rlhf.board.runs.listing import LOOKS, Runs, Stage, search
 from rlhf.board.runs.metrics import Readers, Series
+from rlhf.board.units import folder_bytes, size_text, time_text
 from rlhf.run.console import HEADLINES, duration
 from rlhf.run.tracking.files import METRICS_FILE
 from rlhf.types import UserError
@@ -24,11 +24,6 @@ from rlhf.types import UserError
 A_PAGE = 100  # stages
 COMPARED = drawing.LINES  # runs in one picture
 _FIRST = [name for _, names in HEADLINES for name in names]  # metrics worth a first look
-
-
-def moment(seconds: float) -> str:
-    """A time of this machine's clock, for people."""
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
 def delete_link(run: str) -> str:
@@ -46,7 +41,7 @@ def shown(stage: Stage, t: Any) -> dict[str, Any]:
         "steps": "" if stage.steps is None else str(stage.steps),
         "time": "" if stage.seconds is None else duration(stage.seconds),
         "figures": "  ".join(figures),
-        "changed": moment(stage.changed),
+        "changed": time_text(stage.changed),
         "delete": delete_link(stage.run),
     }
 
@@ -80,7 +75,7 @@ class _Pages:
             query=query,
             live="/runs-live?" + urlencode({"q": words, "page": number}),
             over=bool(self.place.jobs.over()),
-            jobs=[(job, LOOKS[job.state], moment(job.created)) for job in others[:20]],
+            jobs=[(job, LOOKS[job.state], time_text(job.created)) for job in others[:20]],
         )
 
     def live(self, request: Request) -> Response:
@@ -160,7 +155,7 @@ class _Pages:
             status,
             run=run,
             folder=str(folder),
-            size=f"{deletion.size_mib(folder):.1f}",
+            size=size_text(folder_bytes(folder)),
             stages=[stage.folder.relative_to(folder).as_posix() for stage in own],
             problem=problem,
         )

@@ -13,15 +13,6 @@ from rlhf.types import UserError
 _GOING = Path(OWN) / "deleted"  # in run.dir
 
 
-def size_mib(folder: Path) -> float:
-    """What the files in a folder take, in MiB; links are not followed."""
-    total = 0
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            total += path.stat().st_size
-    return total / 2**20
-
-
 def delete(place: Place, folder: Path, stages: Sequence[Stage]) -> None:
     """Delete the run whose checked folder is `folder`. stages: its stages. Raises UserError where
     one of them runs or waits, or where the folder can't be moved.
