@@ -202,7 +202,8 @@ def test_deleting_asks_first(place: Place, browser: Any) -> None:
     stage(place.runs, "other", "sft")
     link = "/runs-delete/" + quote(NAME.replace("/", "-"), safe="")
     asked = browser.get(link)
-    assert asked.status_code == 200 and 'type="checkbox"' in asked.text and re.search(r"[1-9]\d* B<", asked.text)
+    assert asked.status_code == 200 and 'type="checkbox"' in asked.text
+    assert re.search(r"<dd>[1-9][\d.]* (B|KiB)</dd>", asked.text)
     unticked = browser.post(link, headers=ORIGIN)
     assert unticked.status_code == 422 and 'aria-invalid="true"' in unticked.text
     assert browser.post(link, data={"confirm": "yes"}).status_code == 403, "from another page"
