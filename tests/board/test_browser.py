@@ -19,7 +19,7 @@ from tests.labels.page_exports import ID
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 MOST_MIB = 300
 LOADING_MS = 120_000  # of a model's process, on a busy machine
-FORMS = ("sft", "dpo", "reward", "ppo", "grpo", "eval", "label", "export", "data")
+FORMS = ("sft", "dpo", "reward", "ppo", "grpo", "eval", "label", "export", "data", "serve")
 PAGES = {
     "start": "/",
     "data": "/data",
