@@ -1,6 +1,8 @@
 """Tasks through stage=eval, on tiny random policies by transformers."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.choices import ModelKind
+from conf.labelling import TaskConfig, TaskKind, TaskMetric
 from conf.schema import ModelConfig, TinyConfig
 from eval.tasks.figures import RowAnswer
+from eval.tasks.prompts import scored_ids
 from rlhf.cli import config
 from rlhf.models.loading import load_causal_lm, train_tokenizer
 from rlhf.run.context import RunContext
@@ -199,6 +203,35 @@ def test_another_policy_behind_the_same_name_is_asked_again(folder: Path, tmp_pa
     assert again == fresh
 
 
+def test_other_weights_in_the_same_directory_are_asked_again(
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "policy"
+    shutil.copytree(folder / "a", place)
+    asked = [*choices(folder), f"stage.policies.a={place}"]
+    run(folder, tmp_path, *asked)
+    shutil.copy(folder / "b" / "model.safetensors", place / "model.safetensors")
+    again = run(folder, tmp_path, *asked, "run.resume=true")
+    assert again == run(
+        folder, tmp_path / "x", *choices(folder), f"stage.policies.a={folder / 'b'}"
+    )
+
+
+def test_blanks_that_end_a_prompt_belong_to_the_text(folder: Path) -> None:
+    """As lm-eval takes them: the same tokens as a prompt without them before a text with them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "a")
+    plain = TaskConfig(metrics=[TaskMetric.accuracy], kind=TaskKind.loglikelihood)
+    bare = dataclasses.replace(plain, delimiter="")
+    expected = scored_ids(plain, tokenizer, "how many?", "A")
+    assert scored_ids(bare, tokenizer, "how many? ", "A") == expected
+    ids = tokenizer("how many? A", add_special_tokens=False)["input_ids"]
+    assert [*expected.context, *expected.ids] == ids
+    # nothing before the text: the token that begins a sequence
+    alone = scored_ids(bare, tokenizer, "", "A")
+    assert alone.context == (tokenizer.bos_token_id,)
+
+
 class Scripted:
     """A generator that writes the letters of a text, so many tokens at a time as it is asked."""
 
@@ -334,3 +367,29 @@ def test_a_damaged_file_of_answers_is_refused(tmp_path: Path) -> None:
     kept.path.write_text("nonsense\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"task\.jsonl, line 1.*Remove the file"):
         KeptAnswers(kept.path)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_vllm_gives_what_transformers_gives(folder: Path, tmp_path: Path) -> None:
+    """Letters in one request, choices of several tokens, a text in windows, answers with stops."""
+    asked = [
+        *choices(folder),
+        "task=[mmlu,perplexity]",
+        f"tasks.mmlu.path={folder / 'mmlu.csv'}",
+        f"tasks.perplexity.path={folder / 'texts.jsonl'}",
+        f"tasks.sums.path={folder / 'sums.jsonl'}",
+        "tasks.sums.metrics=[numeric]",
+        "tasks.sums.max_tokens=70",
+        "tasks.sums.stops=[zq]",
+    ]
+    by_vllm = ["rollout=vllm", "rollout.kv_cache_gib=0.1", "rollout.max_num_seqs=8"]
+    expected = run(folder, tmp_path / "hf", *asked)
+    found = run(folder, tmp_path / "vllm", *asked, *by_vllm)
+    assert found == pytest.approx(expected, rel=1e-4)
+    lines = []
+    for engine in ("hf", "vllm"):
+        file = tmp_path / engine / "default" / "eval" / "samples.jsonl"
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        lines.append([(row["task"], row["row"], row["response"]) for row in rows])
+    assert lines[0] == lines[1]
