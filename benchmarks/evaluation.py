@@ -2,7 +2,7 @@
 same model, and whether the figures agree.
 
 python -m benchmarks.evaluation --model DIR --lm-eval PYTHON
-python -m benchmarks.evaluation --model DIR --lm-eval PYTHON --rows 64 --rounds 1
+python -m benchmarks.evaluation --model DIR --lm-eval PYTHON --rows 24 --rounds 1 --cases letters
 
 PYTHON is the interpreter of an environment with lm-eval 0.4.13 and vLLM (docs/testing.md says how
 one is made). Both answer the same rows: ours are written for lm-eval by stage.lm_eval. Each program
@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="a model directory")
     parser.add_argument("--lm-eval", required=True, help="an interpreter that has lm-eval")
     parser.add_argument("--engine", default=ENGINE, help="lm-eval's further model_args")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--folder", type=Path, help="keep rows, runs and logs here")

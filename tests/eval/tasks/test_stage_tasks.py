@@ -360,6 +360,23 @@ def test_mmlu_of_csv_for_lm_eval(folder: Path, tmp_path: Path) -> None:
     assert first["choices"] == ["A", "B", "C", "D"] and first["gold"] == [0]
 
 
+def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
+    """As docs/tasks/benchmarks.md has it, beside a preset and changed on the command line."""
+    page = (Path(__file__).parents[3] / "docs" / "tasks" / "benchmarks.md").read_text("utf-8")
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "capitals.yaml").write_text(text, encoding="utf-8")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    chosen = ["task=[capitals,gsm8k]", "tasks.capitals.fewshot=0"]
+    found = composed(folder, tmp_path, search, *chosen).tasks
+    assert list(found) == ["capitals", "gsm8k"]
+    capitals = found["capitals"]
+    assert capitals.prompt == "Q: {question}\nA:" and capitals.stops == ["\n"]
+    assert capitals.fewshot == 0 and capitals.path == "capitals.jsonl"
+    with pytest.raises(UserError, match="task=capital: no such preset.*capitals"):
+        composed(folder, tmp_path, search, "task=[capital]")
+
+
 def test_a_damaged_file_of_answers_is_refused(tmp_path: Path) -> None:
     kept = KeptAnswers(tmp_path / "x" / "task.jsonl")
     kept.add({"k": RowAnswer(texts=("é\n",), tokens=(2,), finished=(True,))})
