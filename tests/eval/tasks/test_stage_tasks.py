@@ -373,7 +373,7 @@ def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
     capitals = found["capitals"]
     assert capitals.prompt == "Q: {question}\nA:" and capitals.stops == ["\n"]
     assert capitals.fewshot == 0 and capitals.path == "capitals.jsonl"
-    with pytest.raises(UserError, match="task=capital: no such preset.*capitals"):
+    with pytest.raises(UserError, match=r"task=capital: no such preset.*capitals"):
         composed(folder, tmp_path, search, "task=[capital]")
 
 
