@@ -1,6 +1,4 @@
-"""The named choices of the options (conf/options.py); formats of rows are in conf/data.py.
-Standard library only.
-"""
+"""The options' named choices; formats of rows are in conf/data.py. Standard library only."""
 
 from enum import Enum
 
@@ -348,6 +346,7 @@ class Recipe(Enum):
     films = "films"
     gym = "gym"
     arithmetic = "arithmetic"
+    safety = "safety"
 
 
 class TaskClass(Enum):

@@ -295,6 +295,9 @@ class TaskMetric(Enum):
     token_perplexity = "token_perplexity"
     byte_perplexity = "byte_perplexity"
     word_perplexity = "word_perplexity"
+    refusal = "refusal"  # of harmful rows
+    over_refusal = "over_refusal"  # of harmless rows
+    toxicity = "toxicity"
 
 
 PERPLEXITIES = tuple(metric for metric in TaskMetric if metric.value.endswith("perplexity"))
@@ -356,6 +359,10 @@ class TaskConfig:
     time_limit_s: float = option(5.0, "code: CPU time of each test.", unit="s", above=0)
     memory_mb: int = option(512, "code: address space of a process.", unit="MB", at_least=64)
     isolation: Isolation = option(Isolation.auto, "code: how it is kept apart.")
+    harmful: str = option("harmful", "refusal: column that says whether a row asks for harm.")
+    off_topic: bool = option(True, "refusal: a long answer to something else is one, too.")
+    refusal_model: str | None = option(None, "refusal: a classifier, DIR or DIR#LABEL, beside.")
+    toxicity_model: str | None = option(None, "toxicity: the classifier, DIR or DIR#LABEL.")
 
     def check(self, key: str) -> None:
         """Check ranges and relations; `key` is the task's dotted name."""
@@ -371,6 +378,9 @@ class TaskConfig:
         check(len(scored) == 1, f"{key}.metrics", names(self.metrics), one_kind)
         greedy = "1 with temperature=0, whose answers are all the same"
         check(self.temperature > 0 or self.samples == 1, f"{key}.samples", self.samples, greedy)
+        toxic = (TaskMetric.toxicity in self.metrics) == (self.toxicity_model is not None)
+        both = "a classifier with the metric toxicity, and only then"
+        check(toxic, f"{key}.toxicity_model", self.toxicity_model, both)
         for name, voting in (("pass_at", TRUE_OR_FALSE), ("majority_at", VOTING)):
             asked = getattr(self, name)
             sizes = all(1 <= k <= self.samples for k in asked)

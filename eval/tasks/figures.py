@@ -65,6 +65,7 @@ class Checked:
 
     values: list[list[float]]  # [rows][samples] in [0, 1]
     votes: list[list[Hashable | None]] | None = None  # what each sample answered
+    counted: list[bool] | None = None  # the rows that the metric is of; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,12 @@ class Difference:
 
 def _mean(totals: Floats) -> Floats:
     return np.asarray(totals[..., 0] / totals[..., 1])
+
+
+def _mean_of_some(totals: Floats) -> Floats:
+    """NaN where a sample of the rows has none that counts."""
+    counted = np.where(totals[..., 1] > 0, totals[..., 1], np.nan)
+    return np.asarray(totals[..., 0] / counted)
 
 
 def _perplexity(totals: Floats) -> Floats:
@@ -185,6 +192,9 @@ def measured_answers(
     for metric in task.metrics:
         if metric in checked:
             values = [float(np.mean(row)) for row in checked[metric].values]
+            if metric in SAFETY:
+                out.append(_of_some_rows(metric, values, checked[metric].counted))
+                continue
             is_binary = metric in TRUE_OR_FALSE and task.samples == 1
             out.append(
                 mean_of(
@@ -200,6 +210,21 @@ def measured_answers(
     lengths = [float(np.mean(answer.tokens)) for answer in answers]
     finished = [float(np.mean(answer.finished)) for answer in answers]
     return [*out, mean_of("length", lengths), mean_of("finished", finished)]
+
+
+# Whose smaller values are better, but for the first.
+SAFETY = (TaskMetric.refusal, TaskMetric.over_refusal, TaskMetric.toxicity)
+
+
+def _of_some_rows(
+    metric: TaskMetric, values: Sequence[float], counted: Sequence[bool] | None
+) -> Measured:
+    """A metric of safety: its mean over the rows that it is of."""
+    column = np.asarray(values, dtype=np.float64)
+    weights = np.ones_like(column) if counted is None else np.asarray(counted, dtype=np.float64)
+    totals = np.stack([column * weights, weights], axis=1)
+    lower = metric is not SAFETY[0]
+    return Measured(metric.value, totals, _mean_of_some, column, lower_is_better=lower)
 
 
 def _of_samples(task: TaskConfig, first: Checked) -> list[Measured]:

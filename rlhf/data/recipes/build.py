@@ -4,7 +4,7 @@ proofs run on real input without a hub.
 Files appear under ``<run.dir>/<run.name>/recipe`` with a ``meta.json`` that says what they were
 built from; what a recipe holds is written in its own module (rlhf/data/recipes/reviews.py,
 rlhf/data/recipes/smollm2.py, rlhf/data/recipes/films.py, rlhf/data/recipes/gym.py,
-rlhf/data/recipes/arithmetic.py).
+rlhf/data/recipes/arithmetic.py, rlhf/data/recipes/safety.py).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.choices import Recipe
 from conf.schema import DataConfig, GymConfig, RunConfig
-from rlhf.data.recipes import arithmetic, films, gym, reviews, smollm2
+from rlhf.data.recipes import arithmetic, films, gym, reviews, safety, smollm2
 from rlhf.process import distributed
 from rlhf.process.files import sha256
 from rlhf.process.libraries import package_file
@@ -102,6 +102,17 @@ def _arithmetic(folder: Path, seed: int, overwrite: bool) -> None:
         write_all(folder, arithmetic.rows(seed), origin)
 
 
+def _safety(folder: Path, seed: int, overwrite: bool) -> None:
+    files = {
+        name: package_file(distribution, name, requirement)
+        for name, (distribution, requirement) in safety.FILES.items()
+    }
+    hashes = {name: sha256(path) for name, path in files.items()}
+    origin = {"recipe": "safety", "format": safety.FORMAT_VERSION, "files": hashes}
+    if not is_current(folder, origin, overwrite):
+        write_all(folder, safety.rows(files), origin)
+
+
 def is_current(folder: Path, origin: Mapping[str, object], overwrite: bool) -> bool:
     """Whether `folder` holds every file of its meta.json, built from `origin`. Raises UserError for
     another origin unless `overwrite`.
@@ -146,4 +157,5 @@ _BUILDERS: dict[Recipe, Callable[[Path, int, bool], None]] = {
     Recipe.smollm2: _smollm2,
     Recipe.films: _films,
     Recipe.arithmetic: _arithmetic,
+    Recipe.safety: _safety,
 }

@@ -6,7 +6,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from conf.choices import TermKind
 from conf.labelling import (
@@ -21,6 +21,7 @@ from eval.tasks.answers import (
     whole_code,
 )
 from eval.tasks.figures import (
+    SAFETY,
     Checked,
     RowAnswer,
 )
@@ -35,6 +36,7 @@ from reward.verifiers.extract import (
     normalise,
 )
 from reward.verifiers.text import Numeric
+from rlhf.stages.evaluation.safety import safety_checker
 from rlhf.types import (
     RowError,
     UserError,
@@ -66,6 +68,15 @@ def term_of(metric: TaskMetric, task: TaskConfig) -> RewardTerm:
         memory_mb=task.memory_mb,
         isolation=task.isolation,
     )
+
+
+class AnyChecker(Protocol):
+    """What checks the answers to a task's rows for one metric."""
+
+    metric: TaskMetric
+
+    def reference(self, row: TaskRow) -> Any: ...
+    def check(self, rows: Sequence[TaskRow], answers: Sequence[RowAnswer]) -> Checked: ...
 
 
 class Checker:
@@ -175,6 +186,12 @@ class Checker:
         return plain or None
 
 
-def checkers_of(name: str, task: TaskConfig) -> list[Checker]:
-    """The verifiers of a task's metrics. Raises UserError."""
-    return [Checker(name, metric, task) for metric in task.metrics if metric in _KINDS]
+def checkers_of(name: str, task: TaskConfig) -> list[AnyChecker]:
+    """What checks the answers for a task's metrics. Raises UserError."""
+    found: list[AnyChecker] = []
+    for metric in task.metrics:
+        if metric in _KINDS:
+            found.append(Checker(name, metric, task))
+        elif metric in SAFETY:
+            found.append(safety_checker(name, metric, task))
+    return found

@@ -47,9 +47,10 @@ from rlhf.data.tables import (
     csv_rows,
 )
 from rlhf.stages.evaluation.checkers import (
-    Checker,
+    AnyChecker,
     checkers_of,
 )
+from rlhf.stages.evaluation.safety import check_rows
 from rlhf.types import (
     RowError,
     UserError,
@@ -69,7 +70,7 @@ class TaskRows:
     shape: RowShape
     bad: list[str]  # rows that don't fit: where, and why
     files: list[Path]
-    checkers: list[Checker]
+    checkers: list[AnyChecker]
 
     @property
     def key(self) -> str:
@@ -104,6 +105,7 @@ def read_task(name: str, task: TaskConfig) -> TaskRows:
         else:
             good.append(row)
     _tell(key, task, shape, bad, good)
+    check_rows(name, task, good)
     return TaskRows(name, task, good, pool, shape, bad, files, checkers)
 
 
@@ -157,7 +159,7 @@ def _sources(file: Path, key: str) -> Iterator[SourceRow]:
 
 
 def _check(
-    task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow], checkers: Sequence[Checker]
+    task: TaskConfig, row: TaskRow, pool: Sequence[TaskRow], checkers: Sequence[AnyChecker]
 ) -> None:
     """A row has all that its prompt and its metrics need. Raises RowError."""
     prompt_of(task, row, pool)
