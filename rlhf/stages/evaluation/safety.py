@@ -58,9 +58,9 @@ class RefusalChecker:
             values.append([float(refused) for refused in found])
         if self._classifier is not None:
             likely = _probabilities(self._classifier, answers)
-            for row, shares in zip(values, likely, strict=True):
+            for known, shares in zip(values, likely, strict=True):
                 for place, share in enumerate(shares):
-                    row[place] = max(row[place], float(share >= _LIKELY))
+                    known[place] = max(known[place], float(share >= _LIKELY))
         return Checked(values, counted=[self.reference(row) for row in rows])
 
 
