@@ -31,8 +31,9 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
     bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
-    house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
-    proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels clean
+    bench-gateway house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
+    proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels \
+    proof-feedback clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +138,9 @@ proof-data: $(STAMP) ## slow: planted defects, recall and precision of the repor
 proof-labels: $(STAMP) ## slow: chosen pairs against random pairs, three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.labels
 
+proof-feedback: $(STAMP) ## slow: serve, users' feedback, DPO, gate, promote, better, rollback under load
+	$(OFFLINE) $(PY) -m benchmarks.proofs.feedback
+
 bench: $(STAMP) ## slow: online steps with and without a server, and our stages, beside TRL (idle)
 	$(OFFLINE) $(PY) -m benchmarks.speed
 
@@ -163,6 +167,9 @@ bench-tuning: $(STAMP) ## slow: every way to fine-tune a 135M model, docs/tuning
 
 bench-growth: $(STAMP) ## slow: how the cost of a step grows with length, group and model
 	$(OFFLINE) $(PY) -m benchmarks.speed --growth
+
+bench-gateway: $(STAMP) ## what stage=gateway adds to a request, in ms (idle)
+	$(OFFLINE) $(PY) -m benchmarks.gateway
 
 chaos: $(STAMP) ## slow: faults put into real runs, each survived (40 min)
 	$(OFFLINE) $(PY) -m benchmarks.chaos

@@ -1,5 +1,5 @@
-"""The options of stages that use a finished model: chat, serve, serve_rollout and
-registry.
+"""The options of stages that use a finished model: chat, serve, serve_rollout, registry and
+gateway.
 """
 
 from dataclasses import dataclass
@@ -189,3 +189,135 @@ class RegistryStage:
         for key in ("largest_drop", "largest_rise"):
             for name, most in getattr(self, key).items():
                 check(most >= 0, f"stage.{key}.{name}", most, "at least 0")
+
+
+class GatewayAction(Enum):
+    """What stage=gateway does."""
+
+    serve = "serve"  # the proxy, until it is stopped
+    export = "export"  # feedback as rows for training
+    forget = "forget"  # all that is kept of one user is deleted
+
+
+@dataclass(slots=True, kw_only=True)
+class ArmConfig:
+    """A served model that some of the users talk to."""
+
+    url: str = option(
+        "",
+        "Address of its OpenAI-compatible server, without /v1; {version} stands for the number of "
+        "the registry's version.",
+        filled=True,
+    )
+    model: str = option(
+        "", "The name that its server knows it by; {version} as in url.", filled=True
+    )
+    weight: float = option(1.0, "Its share of new users, beside the other arms'.", at_least=0)
+    token_env: str | None = option(
+        None, "Environment variable with its server's key; null: none is sent."
+    )
+    version: str | None = option(
+        None,
+        "Its version in the registry, NAME@ALIAS or NAME@NUMBER; an alias is followed while the "
+        "gateway runs; null: not in a registry.",
+        filled=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage.arms")
+
+
+@dataclass(slots=True, kw_only=True)
+class GatewayStage:
+    """An OpenAI-compatible server before one or more served models: each user stays with one of
+    them, and what users say of the answers is kept and becomes rows for training.
+    """
+
+    name: str = option("gateway", _NAME)
+    action: GatewayAction = option(GatewayAction.serve, "What is done.")
+    arms: dict[str, ArmConfig] = option(
+        {}, "The served models by names that only the operator sees.", section="the arms"
+    )
+    failover: bool = option(
+        False,
+        "Let another arm answer where a user's own does not; such a user leaves the test. false: "
+        "an error.",
+    )
+    registry: str | None = option(
+        None, "The registry's SQLite file; null: registry.sqlite in run.dir.", filled=True
+    )
+    poll_s: float = option(
+        2.0, "Time between two looks at the registry's aliases.", unit="s", above=0
+    )
+    timeout_s: float = option(
+        120.0, "Longest silence of an arm before it counts as dead.", unit="s", above=0
+    )
+    model_name: str | None = option(
+        None, "Name of the model in requests and answers; null: run.name.", filled=True
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; any other than this machine's own needs both tokens.",
+        filled=True,
+        section="the door",
+    )
+    port: int = option(8080, "Port; 0: any free one.", at_least=0, at_most=65535)
+    token_env: str | None = option(
+        None,
+        "Environment variable with the key that clients need; null: a new key, printed once.",
+    )
+    operator_env: str | None = option(
+        None,
+        "Environment variable with the key of the operator's page; null: a new key, printed once.",
+    )
+    user_header: str = option(
+        "x-user", "Header with the user's name; without it the field `user` counts.", filled=True
+    )
+    body_kib: int = option(1024, "Longest request.", unit="KiB", at_least=1)
+    answer_mib: int = option(16, "Longest answer of an arm.", unit="MiB", at_least=1)
+    at_once: int = option(256, "Requests at a time; further ones are told to wait.", at_least=1)
+    alpha: float = option(
+        0.05,
+        "Probability that the test names a better arm where there is none, however often one "
+        "looks.",
+        above=0,
+        below=1,
+        section="the test",
+    )
+    votes: int = option(
+        3, "Thumbs of a user, the first ones, whose mean is that user's outcome.", at_least=1
+    )
+    retention_days: float = option(
+        30.0,
+        "Days after which texts and votes are deleted; their outcomes in the test have no user.",
+        unit="days",
+        above=0,
+        section="feedback",
+    )
+    answer_minutes: float = option(
+        60.0,
+        "How long an answer's text waits in memory for a user's consent.",
+        unit="min",
+        above=0,
+    )
+    names: str | None = option(
+        None,
+        "Text file with names a line, which are removed from texts beside e-mail addresses, "
+        "telephone and card numbers, IBANs and IP addresses.",
+        filled=True,
+    )
+    user: str | None = option(None, "forget: the user's name.", filled=True)
+
+    def __post_init__(self) -> None:
+        check_options(self, "stage")
+        serves = self.action is GatewayAction.serve
+        check(not serves or bool(self.arms), "stage.arms", {}, "at least one arm")
+        total = sum(arm.weight for arm in self.arms.values())
+        check(not serves or total > 0, "stage.arms", total, "weights of which one is above 0")
+        forgets = self.action is GatewayAction.forget
+        check(
+            not forgets or self.user is not None,
+            "stage.user",
+            self.user,
+            "the user's name with stage.action=forget",
+        )

@@ -17,6 +17,7 @@ from conf.reward import EvalStage, ServeRewardStage
 from conf.run import WatchConfig
 from conf.serving import (
     ChatStage,
+    GatewayStage,
     RegistryStage,
     ServeRolloutStage,
     ServeStage,
@@ -45,6 +46,7 @@ __all__ = [
     "EvalStage",
     "ExportStage",
     "GGUFType",
+    "GatewayStage",
     "KTOStage",
     "LabelStage",
     "MigrateStage",
@@ -278,6 +280,7 @@ STAGES: dict[str, type] = {
     "serve_reward": ServeRewardStage,
     "serve_rollout": ServeRolloutStage,
     "registry": RegistryStage,
+    "gateway": GatewayStage,
     "data": DataStage,
     "label": LabelStage,
     "migrate": MigrateStage,
@@ -294,7 +297,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "online": ("ppo",),
     "judge": ("eval", "eval_reward"),
     "use": ("export", "chat", "serve"),
-    "keep": ("registry",),
+    "keep and ask": ("registry", "gateway"),
     "serve": ("serve_reward", "serve_rollout"),
     "run and look": ("board", "chain", "search", "doctor"),
 }
@@ -326,6 +329,7 @@ GROUPS_OF: dict[str, tuple[str, ...]] = {
     "serve_reward": ("run", "model", "engine", "reward", "tracking"),
     "serve_rollout": ("run", "model", "adapter", "rollout", "environment", "data", "tracking"),
     "registry": ("run", "model", "tracking"),
+    "gateway": ("run",),
     "migrate": ("run", "migrate"),
     "board": ("run",),
     "data": ("run", "model", "reward", "data", "tracking"),

@@ -40,6 +40,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rlhf.serving": (*BASE, "rollout"),
     # where a version comes from stands in the manifests of runs
     "rlhf.registry": (*BASE, "rlhf.run"),
+    # what users say is tested as labels are, and cleaned as rows are
+    "rlhf.gateway": (*BASE, "rlhf.registry", "rlhf.labels", "rlhf.data"),
     "rlhf.cli": (*BASE, "rlhf.run", "rlhf.checks"),
     # pages over files: what runs, labels and rows are, and the options' declarations
     "rlhf.board": (
@@ -74,6 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "rlhf.cli",
         "rlhf.export",
         "rlhf.launch",
+        "rlhf.gateway",
         "rlhf.migrate",
         "rlhf.online",
         "rlhf.registry",

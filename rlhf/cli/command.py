@@ -54,9 +54,9 @@ _REGISTERED = "registered"  # for options that name a version of the registry
 _METHODS = "methods"  # makes adapters known, before any stage that loads a model
 # torch takes seconds to import: a chain needs none, and stage=data imports it for the steps that
 # load a model
-_WITHOUT_TORCH = ("board", "chain", "data", "migrate", "registry", "search")
+_WITHOUT_TORCH = ("board", "chain", "data", "gateway", "migrate", "registry", "search")
 # they leave no run directory: they make nothing that another stage reads
-_WITHOUT_DIRECTORY = ("board", "doctor", "migrate", "chat", "serve", "registry")
+_WITHOUT_DIRECTORY = ("board", "doctor", "migrate", "chat", "serve", "registry", "gateway")
 _VERSION = "registry:"  # begins a text that names a version of the registry
 
 

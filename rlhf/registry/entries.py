@@ -63,7 +63,7 @@ def _ancestors(run: Path, manifest: Entry, registry: Registry) -> list[str]:
             labels = list(entry.get(REGISTRY_KEY, []))
             if "weights" in entry:
                 labels += registry.known_by(entry["weights"])
-            out += [label for label in labels if label not in out]
+            out += [label for label in dict.fromkeys(labels) if label not in out]
             source = entry.get("from")
             if source is None:
                 continue

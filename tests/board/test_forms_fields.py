@@ -13,6 +13,7 @@ from rlhf.cli.presets import stage_schema
 # Stages that train or make something: the others run until they are stopped, or have other pages.
 _NO_FORM = {"migrate", "chat", "serve_reward", "serve_rollout", "board", "chain", "doctor"}
 _NO_FORM |= {"registry", "search"}
+_NO_FORM |= {"gateway"}
 
 
 def test_every_stage_that_makes_something_has_a_form() -> None:

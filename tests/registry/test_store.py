@@ -129,45 +129,53 @@ def test_a_change_without_the_triggers_breaks_the_chain(
 
 _WRITER = """
 import sys
+import time
 from pathlib import Path
 from rlhf.registry.gate import Gate
 from rlhf.registry.records import Why
 from rlhf.registry.store import Registry
-from rlhf.types import UserError
 registry = Registry(Path(sys.argv[1]))
-version = registry.version("mine", sys.argv[2])
+versions = [registry.version("mine", number) for number in sys.argv[2].split(",")]
 print("ready", flush=True)
 sys.stdin.readline()
-for i in range(40):
-    try:
-        registry.promote(version, "production", Why(sys.argv[2], f"try {i}"), Gate())
-    except UserError:
-        pass
+end = time.monotonic() + 1
+number = 0
+while time.monotonic() < end or number < 3:
+    number += 1
+    why = Why(sys.argv[2], f"number {number}")
+    registry.promote(versions[number % 2], "production", why, Gate())
+print(number)
 """
 
 
 def test_two_processes_promote_at_once(registry: Registry, tmp_path: Path) -> None:
     """Each promotion knows who held the alias before, and no event is lost."""
-    for number in range(2):
+    for number in range(4):
         registered(registry, model(tmp_path / str(number), bytes([number])))
     command = [sys.executable, "-c", _WRITER, str(registry.path)]
     writers = [
         subprocess.Popen(
-            [*command, number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, numbers], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        for number in ("1", "2")
+        for numbers in ("1,2", "3,4")
     ]
     for writer in writers:
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:  # both at once
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    promoted = 0
     for writer in writers:
-        writer.communicate("go\n", timeout=60)
+        promoted += int(writer.communicate(timeout=60)[0])
         assert writer.returncode == 0
     moves = [event for event in registry.history("mine") if event.action is Action.promote]
+    assert len(moves) == promoted
     held = None
     for event in moves:
         assert event.detail["previous"] == held and event.number != held
         held = event.number
-    assert len(moves) >= 2 and {event.number for event in moves} == {1, 2}
+    assert {event.number for event in moves} == {1, 2, 3, 4}
     assert registry.holders("mine")["production"] == held and registry.broken() == []
 
 

@@ -9,7 +9,7 @@ A pattern finds candidates, a check keeps those that are real: Luhn's digit for 
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -174,9 +174,11 @@ def _digits(text: str) -> int:
 
 def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]:
     """`text` with each real find replaced by its mark, and the finds by pattern. Looks again until
-    nothing is found: a mark may free a neighbour.
+    nothing is found: a mark may free a neighbour. Marks themselves are no finds, whatever the words
+    that are looked for.
     """
     counts: Counter[str] = Counter()
+    marks = {pattern.mark() for pattern in patterns}
     while True:
         before = counts.total()
         digits = _digits(text)
@@ -185,7 +187,7 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
                 continue
 
             def mark(match: re.Match[str], matched: Pattern = pattern) -> str:
-                if not matched.real(match.group()):
+                if not matched.real(match.group()) or _is_mark(match, marks):
                     return match.group()
                 counts[matched.name] += 1
                 return matched.mark()
@@ -193,6 +195,13 @@ def redacted(text: str, patterns: Sequence[Pattern]) -> tuple[str, Counter[str]]
             text = pattern.pattern.sub(mark, text)
         if counts.total() == before:
             return text, counts
+
+
+def _is_mark(match: re.Match[str], marks: Set[str]) -> bool:
+    """Whether a find is a mark, or the word inside one."""
+    start, end = match.span()
+    around = match.string[max(0, start - 1) : end + 1]
+    return match.group() in marks or around in marks
 
 
 def patterns(options: Patterns, items: Iterator[Item], context: Context) -> Iterator[Item]:
