@@ -310,10 +310,8 @@ class GatewayStage:
 
     def __post_init__(self) -> None:
         check_options(self, "stage")
-        serves = self.action is GatewayAction.serve
-        check(not serves or bool(self.arms), "stage.arms", {}, "at least one arm")
         total = sum(arm.weight for arm in self.arms.values())
-        check(not serves or total > 0, "stage.arms", total, "weights of which one is above 0")
+        check(not self.arms or total > 0, "stage.arms", total, "weights of which one is above 0")
         forgets = self.action is GatewayAction.forget
         check(
             not forgets or self.user is not None,

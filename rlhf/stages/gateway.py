@@ -51,6 +51,11 @@ def check(cfg: Options) -> list[str]:
         if not _file(cfg.run).is_file():
             raise UserError(f"{_file(cfg.run)}: no such file, so no gateway has run here.")
         return []
+    if not stage.arms:
+        raise UserError(
+            "stage.arms is empty: expected at least one arm, such as "
+            "'+stage.arms.first={url: \"http://127.0.0.1:8000\", model: mine}'."
+        )
     for library in ("starlette", "uvicorn"):
         require(library, "serve")
     for name, arm in stage.arms.items():
