@@ -33,7 +33,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     bench-gateway house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
     proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels \
-    proof-feedback clean
+    proof-feedback proof-evaluation clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ doctor: $(STAMP) ## what this machine can run, and why not the rest
 
 proof-films: $(STAMP) ## slow: a chat model's answers about films, in English; three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.films
+
+proof-evaluation: $(STAMP) ## slow: a model before and after SFT, tasks, judges, one report
+	$(OFFLINE) $(PY) -m benchmarks.proofs.evaluation
 
 proof-reviews: $(STAMP) ## slow: the demo with three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.reviews

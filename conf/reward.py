@@ -364,7 +364,9 @@ class EvalStage:
     name: str = option("eval", "Name of the preset; stage=NAME sets it.")
     before: str | None = option(None, "Model directory of the starting policy.")
     after: str | None = option(None, "Model directory of the trained policy.")
-    policies: dict[str, str] = option({}, "Further model directories by name, for tasks.")
+    policies: dict[str, str] = option(
+        {}, "Further model directories by name, for tasks and the judge llm."
+    )
     lm_eval: bool = option(False, "Write the tasks for lm-eval into the run directory too.")
     prompts: int = option(256, "Held-out prompts.", unit="prompts", at_least=2)
     samples_per_prompt: int = option(

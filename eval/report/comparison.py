@@ -195,7 +195,7 @@ def _plot_differences(differences: Sequence[Difference], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6 * max(1, len(differences)), 3.5), layout="constrained")
+    figure = Figure(figsize=(max(5.2, 2.6 * len(differences)), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, difference in zip(
         figure.subplots(1, max(1, len(differences)), squeeze=False)[0], differences, strict=False

@@ -3,6 +3,7 @@ outside judges, KL, length, diversity.
 """
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from rlhf.process import distributed
 from rlhf.run import console
 from rlhf.run.context import RunContext
 from rlhf.stages.evaluation import tasks
+from rlhf.stages.evaluation.further import judge_all
 from rlhf.stages.evaluation.judges import check_judges, judge_rollouts, make_judges
-from rlhf.stages.evaluation.llm_judge import judge_policies
 from rlhf.stages.evaluation.one_base import Swapped, one_base, without_swapping
 from rlhf.stages.evaluation.policies import (
     Apart,
@@ -50,6 +51,11 @@ def check(cfg: Config) -> list[str]:
     notes = launch.check_backend(cfg.rollout.backend)
     if cfg.tasks:
         tasks.check(cfg.tasks, stage, cfg.model, cfg.rollout, cfg.data.chat_template)
+    if _only_judges(stage, cfg.data):
+        inputs.refuse_running_servers(cfg.rollout, stage.name)
+        _check_judging(stage)
+        reading.check_first_rows(reading.DataRequest.of(cfg))
+        return notes
     if not _compares(stage, cfg.data, bool(cfg.tasks)):
         return notes
     inputs.refuse_running_servers(cfg.rollout, stage.name)
@@ -82,10 +88,17 @@ def _compares(stage: EvalStage, data: DataConfig, has_tasks: bool) -> bool:
     """Whether two policies answer held-out prompts; where there are tasks, only with both policies
     and prompts.
     """
-    if not has_tasks:
+    if not has_tasks and not _only_judges(stage, data):
         return True
     has_prompts = given(data) is not None or data.eval_path is not None
     return has_prompts and stage.before is not None and stage.after is not None
+
+
+def _only_judges(stage: EvalStage, data: DataConfig) -> bool:
+    """Whether the judge llm compares policies of which before and after are not both."""
+    has_prompts = given(data) is not None or data.eval_path is not None
+    pair = stage.before is not None and stage.after is not None
+    return Judge.llm in stage.judges and has_prompts and not pair and bool(stage.policies)
 
 
 def check_policies(stage: EvalStage, model: ModelConfig) -> None:
@@ -95,6 +108,19 @@ def check_policies(stage: EvalStage, model: ModelConfig) -> None:
             check_model_path(path, key)
     if model.path is not None or model.kind is ModelKind.tiny:
         inputs.check_model(model)
+
+
+def _check_judging(stage: EvalStage) -> None:
+    """The judge llm and two policies or more are there. Raises UserError."""
+    check_judges(stage)
+    policies = tasks.policies_of(stage)
+    if len(policies) < 2:
+        raise UserError(
+            f"stage.judges holds llm, but the only policy is {', '.join(policies)}: expected two "
+            "or more, as stage.policies.NAME=<model directory>, stage.before or stage.after."
+        )
+    for name, path in policies.items():
+        check_model_path(path, f"stage.policies.{name}")
 
 
 def run(ctx: RunContext) -> None:
@@ -111,11 +137,22 @@ def run(ctx: RunContext) -> None:
         if _compares(cfg.stage, cfg.data, bool(cfg.tasks)):
             _run(ctx, sections, metrics)
             return
-        ctx.tracker.log(0, metrics)
+        if _only_judges(cfg.stage, cfg.data):
+            part, figures = judge_all(ctx, {}, functools.partial(_prompts, cfg))
+            sections.append(part)
+        else:
+            figures = {}
+        ctx.tracker.log(0, metrics | figures)
         page = publish_report(ctx.dir, cfg.run.name, sections, ctx.tracker)
-        files = {"samples": ctx.dir / "samples.jsonl", "report": page}
+        files = {"samples": ctx.dir / "samples.jsonl"} if cfg.tasks else {}
         shown = tasks.headlines(cfg.tasks, metrics)
-        ctx.finish(steps=1, metrics=metrics, model=None, figures=shown, files=files)
+        ctx.finish(
+            steps=1,
+            metrics=metrics | figures,
+            model=None,
+            figures=shown,
+            files={**files, "report": page},
+        )
 
 
 def _run(ctx: RunContext, sections: list[Section], of_tasks: dict[str, float]) -> None:
@@ -205,14 +242,10 @@ def _finish(
     first = report.section(comparison, rows, plots, about=f"{title}.", shown=max(1, stage.shown))
     sections = [first, *further]
     if Judge.llm in stage.judges:
-        ctx.watchdog.phase("judge pairs")
-        ctx.add_parent("judge", stage.llm_judge.path)
-        answers = {"before": before.rollouts, "after": after.rollouts}
-        part, figures = judge_policies(ctx, answers)
+        known = {"before": before.rollouts, "after": after.rollouts}
+        part, figures = judge_all(ctx, known, functools.partial(_prompts, ctx.cfg))
         sections.append(part)
         metrics |= figures
-        for table in part.tables[:3]:
-            console.table(table.as_rows(), title=table.title)
     ctx.tracker.log(0, metrics)
     page = publish_report(ctx.dir, ctx.cfg.run.name, sections, ctx.tracker)
     ctx.finish(

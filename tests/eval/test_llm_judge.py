@@ -10,6 +10,7 @@ import pytest
 
 from conf.judging import LLMJudgeConfig
 from rlhf.cli import config
+from rlhf.run.context import RunContext
 from rlhf.stages import eval as stage
 from rlhf.stages.evaluation.llm_judge import check_llm_judge
 from rlhf.types import UserError
@@ -63,6 +64,51 @@ def test_a_server_judges_and_a_resumed_run_asks_nothing_twice(
     assert list(sections) == ["Before and after", "Judge: llm"]
     titles = [table["title"] for table in sections["Judge: llm"]["tables"]]
     assert "Who wins" in titles and "Each two policies" in titles
+
+
+def test_any_number_of_policies(
+    policies: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Three policies make three pairs for each prompt; before and after may be missing."""
+    with judge_server(longer) as (url, _):
+        asked = [
+            "stage.judges=[llm]",
+            f"stage.llm_judge.url={url}",
+            "stage.llm_judge.model=scripted",
+            f"+stage.policies.third={policies / 'moved'}",
+        ]
+        found = run_eval(policies, tmp_path, "start", "moved", *asked)
+        assert found["eval/llm/pairs"] == 3 * 16
+        # the same model, seed and prompts as after
+        rates = [found[f"eval/llm/{name}/win_rate"] for name in ("after", "third")]
+        assert rates[0] == rates[1]
+        assert sum(rates) + found["eval/llm/before/win_rate"] == pytest.approx(1.5)
+        assert found["eval/llm/identical"] >= 16
+        cfg = config.compose(
+            [
+                "stage=eval",
+                "rollout=hf",
+                "tracking=none",
+                f"run.dir={tmp_path}",
+                "run.name=alone",
+                f"data.eval_path={policies / 'prompts.jsonl'}",
+                f"stage.before={policies / 'start'}",
+                "rollout.max_response_length=8",
+                "data.max_prompt_length=16",
+                "stage.bootstrap=20",
+                *asked,
+            ]
+        )
+        assert isinstance(stage.check(cfg), list)
+        stage.run(RunContext.open(cfg, ()))
+        cfg.stage.before = None
+        with pytest.raises(UserError, match="the only policy is third"):
+            stage.check(cfg)
+    summary = json.loads((tmp_path / "alone" / "eval" / "summary.json").read_text("utf-8"))
+    alone = summary["metrics"]
+    assert alone["eval/llm/third/win_rate"] == pytest.approx(1 - alone["eval/llm/before/win_rate"])
+    assert list(report_of(tmp_path / "alone" / "eval")) == ["Judge: llm"]
 
 
 def test_a_model_here_that_gives_no_verdict_ranks_nobody(

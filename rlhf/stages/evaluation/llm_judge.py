@@ -166,7 +166,13 @@ def judge_policies(
     """
     stage, seed = run.cfg.stage, run.cfg.run.seed
     options: LLMJudgeConfig = stage.llm_judge
-    pairs = pairs_of(answers)
+    try:
+        pairs = pairs_of(answers)
+    except ValueError as error:
+        raise UserError(
+            f"stage.judges=[llm]: {error}: a tokenizer of theirs finds some prompts too long. "
+            "Raise data.max_prompt_length, or leave longer prompts out."
+        ) from error
     judge: Judge
     if options.url is not None:
         judge, identity = server_judge(options), [options.url, options.model]
