@@ -130,9 +130,21 @@ def _rows_apart(
             text = shown_answer(task, rows[i], answers[policy][i])
             said.append(f"{values[number, i]:.3g}: {_cut(text)}")
         asked = _cut(filled(task.prompt, rows[i]) or filled(task.target, rows[i]))
-        lines.append((str(rows[i].number), asked, *said))
+        lines.append((str(rows[i].number), asked, _expected(task, rows[i]), *said))
     title = f"{name}: rows where {next(iter(measured.values()))[0].name} differs most"
-    return [Table(title, ("row", "asked", *measured), tuple(lines))] if lines else []
+    return [Table(title, ("row", "asked", "expected", *measured), tuple(lines))] if lines else []
+
+
+def _expected(task: TaskConfig, row: TaskRow) -> str:
+    """What a row takes for right, where it is a text or a few."""
+    if scores_choices(task):
+        texts = scored_texts(task, row)
+        return _cut(" / ".join(texts[number] for number in row.columns["gold"]))
+    if task.kind is TaskKind.loglikelihood:
+        return ""
+    held = row.columns.get(task.answer)
+    several = held if isinstance(held, list) else [held]
+    return _cut(" / ".join(str(one) for one in several if isinstance(one, (str, int, float))))
 
 
 def shown_answer(

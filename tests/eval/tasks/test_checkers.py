@@ -6,7 +6,8 @@ import pytest
 
 from conf.choices import Isolation
 from conf.labelling import TaskConfig, TaskMetric
-from eval.tasks.figures import RowAnswer, measured_answers, with_intervals
+from eval.tasks.figures import RowAnswer, differences, measured_answers, with_intervals
+from eval.tasks.report import sample_rows, section
 from eval.tasks.shapes import TaskRow
 from rlhf.stages import methods
 from rlhf.stages.evaluation.checkers import Checker, checkers_of
@@ -142,3 +143,29 @@ def test_figures_of_samples_by_hand() -> None:
         }
     )
     assert not any(one.is_binary for one in found)
+
+
+def test_the_section_shows_figures_tests_and_rows_apart() -> None:
+    task = TaskConfig(metrics=[TaskMetric.numeric], path="sums.jsonl", prompt="{question}?")
+    rows = [TaskRow(f"f, row {i}", i, {"question": f"{i}+0", "answer": i}) for i in range(1, 5)]
+    said = {"first": ["1", "2", "3", "x"], "second": ["1", "9", "9", "9"]}
+    answers, found = {}, {}
+    for policy, texts in said.items():
+        answers[policy] = [RowAnswer((text,), (1,), (True,)) for text in texts]
+        checked = {one.metric: one.check(rows, answers[policy]) for one in checkers_of("t", task)}
+        found[policy] = with_intervals(
+            measured_answers(task, rows, answers[policy], checked), 50, 0
+        )
+    apart = {"second": differences(found["first"], found["second"], 50, 0)}
+    made = section("t", task, rows, answers, found, apart, ["f, row 9: no"], 4)
+    figures, tests, shown = made.tables
+    assert figures.columns == ("metric", "first", "second") and figures.rows[0][0] == "numeric"
+    assert figures.rows[0][1].startswith("0.750") and figures.rows[0][2].startswith("0.250")
+    assert tests.rows[0][2].startswith("-0.500") and tests.rows[0][3] == "0.5"
+    assert shown.columns == ("row", "asked", "expected", "first", "second")
+    assert shown.rows == (("2", "2+0?", "2", "1: 2", "0: 9"), ("3", "3+0?", "3", "1: 3", "0: 9"))
+    assert "1 rows were left out: f, row 9: no." in made.text
+    held = made.figures["differences"]["second"]["numeric"]
+    assert held["estimate"] == -0.5 and held["mcnemar_p"] == 0.5
+    lines = sample_rows("t", "first", task, rows, answers["first"], found["first"])
+    assert lines[3]["response"] == "x" and lines[3]["numeric"] == 0.0 and lines[3]["row"] == 4

@@ -360,6 +360,22 @@ def test_mmlu_of_csv_for_lm_eval(folder: Path, tmp_path: Path) -> None:
     assert first["choices"] == ["A", "B", "C", "D"] and first["gold"] == [0]
 
 
+def test_tasks_beside_two_policies_on_prompts(folder: Path, tmp_path: Path) -> None:
+    """`before` and `after` are policies of the tasks too; without prompts the tasks run alone."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"how {i}"} for i in range(3)])
+    both = [f"stage.before={folder / 'a'}", f"stage.after={folder / 'b'}"]
+    lengths = ["data.max_prompt_length=16", "rollout.max_response_length=4"]
+    asked = [*choices(folder), *both, *lengths]
+    found = run(folder, tmp_path, *asked, f"data.eval_path={prompts}", "run.name=both")
+    assert found["eval/kl_per_token"] > 0
+    policies = {key.split("/")[2] for key in found if key.startswith("eval/pick/")}
+    assert policies == {"before", "after", "a"}
+    report = json.loads((tmp_path / "both" / "eval" / "report.json").read_text("utf-8"))
+    assert [part["title"] for part in report["sections"]][1:] == ["Task pick"]
+    alone = run(folder, tmp_path, *asked)
+    assert alone == {key: value for key, value in found.items() if key.startswith("eval/pick/")}
+
+
 def test_a_task_of_ones_own_is_a_file(folder: Path, tmp_path: Path) -> None:
     """As docs/tasks/benchmarks.md has it, beside a preset and changed on the command line."""
     page = (Path(__file__).parents[3] / "docs" / "tasks" / "benchmarks.md").read_text("utf-8")
