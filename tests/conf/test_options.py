@@ -21,16 +21,16 @@ from conf.options import (
     same_option,
 )
 from conf.preparation import STEPS
-from conf.schema import Config, GymConfig, RewardTerm, SourceConfig, TinyConfig
+from conf.schema import Config, GymConfig, RewardTerm, SourceConfig, TaskConfig, TinyConfig
 from conf.stages import STAGES, WatchConfig
 
 
 def _classes() -> Iterator[type]:
     yield Config
     for field in dataclasses.fields(Config):
-        if field.name != "stage":
+        if dataclasses.is_dataclass(field.type):
             yield field.type  # type: ignore[misc]
-    yield from (ABConfig, GymConfig, RewardTerm, SourceConfig, TinyConfig, WatchConfig)
+    yield from (ABConfig, GymConfig, RewardTerm, SourceConfig, TaskConfig, TinyConfig, WatchConfig)
     yield from STAGES.values()
     yield from STEPS.values()
 
