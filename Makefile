@@ -33,7 +33,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     bench-gateway house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
     proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels \
-    proof-feedback proof-evaluation clean
+    proof-feedback proof-evaluation proof-search clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ proof-environments: $(STAMP) ## slow: a tool and a game from scratch by SFT, GRP
 
 proof-data: $(STAMP) ## slow: planted defects, recall and precision of the report
 	$(OFFLINE) $(PY) -m benchmarks.proofs.data
+
+proof-search: $(STAMP) ## slow: TPE against random search, pruning against none, five seeds
+	$(OFFLINE) $(PY) -m benchmarks.proofs.search
 
 proof-labels: $(STAMP) ## slow: chosen pairs against random pairs, three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.labels

@@ -81,8 +81,8 @@ ARMS: dict[str, list[str]] = {
     "pruned": [
         "stage.sampler=random",
         "stage.prune.kind=median",
-        "stage.prune.startup=3",
-        f"stage.prune.warmup={STEPS // EVALUATIONS}",
+        "stage.prune.startup=5",
+        f"stage.prune.warmup={STEPS // 5}",
     ],
 }
 
@@ -290,7 +290,7 @@ def main() -> int:
     """Returns 0 where all bounds hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proofs.search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--trials", type=int, default=12, help="of each search")
+    parser.add_argument("--trials", type=int, default=30, help="of each search")
     parser.add_argument("--workers", type=int, default=distributed.cores())
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()

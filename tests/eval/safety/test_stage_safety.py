@@ -109,6 +109,17 @@ def test_a_classifier_gives_its_labels_probability(classifier: Path) -> None:
         TextClassifier(str(classifier.parent / "none"), "k")
 
 
+def test_a_classifier_of_refusals_stands_beside_the_patterns(classifier: Path) -> None:
+    held, written = rows(True, True), answers(YES, NO)
+    shares = TextClassifier(str(classifier), "k").probabilities([YES, NO])
+    label = "toxic" if shares[0] >= 0.5 else "neutral"  # the one that it gives YES
+    which = task(refusal_model=f"{classifier}#{label}")
+    checked = RefusalChecker("safety", TaskMetric.refusal, which).check(held, written)
+    assert checked.values == [[1.0], [1.0]]
+    alone = RefusalChecker("safety", TaskMetric.refusal, task()).check(held, written)
+    assert alone.values == [[0.0], [1.0]]
+
+
 def test_toxicity_is_a_metric_of_every_row(classifier: Path) -> None:
     which = task(metrics=[TaskMetric.toxicity], toxicity_model=str(classifier))
     held, written = rows(True, None), answers(YES, NO)
