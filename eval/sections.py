@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 
+def with_interval(estimate: float, low: float, high: float) -> str:
+    """A figure with its interval as tables show it, without a sign before zeros."""
+    shown = [f"{round(value, 3) + 0.0:.3f}" for value in (estimate, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """Rows under columns, as text that is shown as it is; `title` stands above."""

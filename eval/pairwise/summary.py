@@ -7,7 +7,7 @@ from eval.pairwise.biases import Biases, biases
 from eval.pairwise.rates import Bounds, PairRate, pair_rates, untrusted, win_rates
 from eval.pairwise.strengths import Strengths, design, fit
 from eval.pairwise.verdicts import Judged
-from eval.sections import Section, Table
+from eval.sections import Section, Table, with_interval
 from eval.statistics import Interval
 
 _CUT = 400  # characters of a text in a table
@@ -100,7 +100,7 @@ def _named(name: str, interval: Interval) -> dict[str, float]:
 def _shown(interval: Interval | None) -> str:
     if interval is None:
         return "not seen"
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return with_interval(interval.estimate, interval.low, interval.high)
 
 
 def section(found: Judgement, judged: Sequence[Judged], about: str, shown: int) -> Section:

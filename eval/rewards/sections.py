@@ -11,7 +11,7 @@ from eval.rewards.best_of import Curve
 from eval.rewards.calibration import Calibrated, Calibration
 from eval.rewards.ensembles import Ensemble
 from eval.rewards.fitting import Fit
-from eval.sections import Section, Table
+from eval.sections import Section, Table, with_interval
 from eval.statistics import Interval
 
 Figures = dict[str, float]
@@ -21,7 +21,7 @@ def shown(interval: Interval | None) -> str:
     """An interval as tables show it."""
     if interval is None:
         return "none"
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return with_interval(interval.estimate, interval.low, interval.high)
 
 
 def named(name: str, interval: Interval) -> Figures:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.sections import Table
+from eval.sections import Table, with_interval
 
 
 def test_a_table_has_a_cell_for_each_column() -> None:
@@ -13,3 +13,7 @@ def test_a_table_has_a_cell_for_each_column() -> None:
         Table.of("Sums", [rows[0], {"policy": "mine"}])
     with pytest.raises(ValueError, match=r"'Sums', row 1: expected 2 cells, found 1"):
         Table("Sums", ("policy", "exact"), (("base",),))
+
+
+def test_zero_has_no_sign() -> None:
+    assert with_interval(-0.0001, -0.25, 0.1) == "0.000 [-0.250, 0.100]"
