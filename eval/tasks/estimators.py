@@ -1,11 +1,7 @@
 """What k answers out of n would give, without bias. Pure functions, exact."""
 
 import math
-from collections.abc import (
-    Hashable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 
 

@@ -2,44 +2,17 @@
 policies' figures to paired tests. Pure functions.
 """
 
-from collections.abc import (
-    Callable,
-    Hashable,
-    Mapping,
-    Sequence,
-)
-from dataclasses import (
-    dataclass,
-    field,
-    replace,
-)
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.labelling import (
-    PERPLEXITIES,
-    TRUE_OR_FALSE,
-    TaskConfig,
-    TaskMetric,
-)
-from eval.statistics import (
-    Figure,
-    Interval,
-    bootstrap_totals,
-    mcnemar,
-    paired_totals,
-)
+from conf.labelling import PERPLEXITIES, TRUE_OR_FALSE, TaskConfig, TaskMetric
+from eval.statistics import Figure, Interval, bootstrap_totals, mcnemar, paired_totals
 from eval.tasks import texts
-from eval.tasks.estimators import (
-    majority_at,
-    pass_at,
-)
-from eval.tasks.prompts import (
-    measures,
-    scored_texts,
-    scores_choices,
-)
+from eval.tasks.estimators import majority_at, pass_at
+from eval.tasks.prompts import measures, scored_texts, scores_choices
 from eval.tasks.shapes import TaskRow
 from rlhf.process.wording import describe
 from rlhf.types import RowError

@@ -8,22 +8,11 @@ lm-eval is comparable with ours.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import (
-    Any,
-    Protocol,
-)
+from typing import Any, Protocol
 
-from conf.labelling import (
-    TaskConfig,
-    TaskKind,
-    TaskMetric,
-)
+from conf.labelling import TaskConfig, TaskKind, TaskMetric
 from eval.tasks.figures import references_of
-from eval.tasks.prompts import (
-    prompt_of,
-    scored_texts,
-    scores_choices,
-)
+from eval.tasks.prompts import prompt_of, scored_texts, scores_choices
 from eval.tasks.shapes import TaskRow
 
 _CHOICES = {TaskMetric.accuracy: "acc", TaskMetric.accuracy_norm: "acc_norm"}

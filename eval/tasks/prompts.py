@@ -4,34 +4,16 @@ ids of prompts and of the texts that are scored behind them.
 
 import random
 import re
-from collections.abc import (
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from conf.labelling import (
-    OF_CHOICES,
-    TaskConfig,
-)
-from eval.tasks.shapes import (
-    LETTERS,
-    TaskRow,
-)
-from rlhf.models.encoding import (
-    Chat,
-    answer_ids,
-    prompt_ids,
-)
+from conf.labelling import OF_CHOICES, TaskConfig
+from eval.tasks.shapes import LETTERS, TaskRow
+from rlhf.models.encoding import Chat, answer_ids, prompt_ids
 from rlhf.process.wording import describe
-from rlhf.types import (
-    Message,
-    RowError,
-)
+from rlhf.types import Message, RowError
 
 _FIELD = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 _OPTIONS = "options"

@@ -2,32 +2,15 @@
 rows where the policies differ most. Pure functions.
 """
 
-from collections.abc import (
-    Mapping,
-    Sequence,
-)
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from conf.labelling import (
-    TaskConfig,
-    TaskKind,
-)
-from eval.sections import (
-    Section,
-    Table,
-)
+from conf.labelling import TaskConfig, TaskKind
+from eval.sections import Section, Table
 from eval.statistics import Interval
-from eval.tasks.figures import (
-    Difference,
-    Measured,
-    RowAnswer,
-)
-from eval.tasks.prompts import (
-    filled,
-    scored_texts,
-    scores_choices,
-)
+from eval.tasks.figures import Difference, Measured, RowAnswer
+from eval.tasks.prompts import filled, scored_texts, scores_choices
 from eval.tasks.shapes import TaskRow
 
 _SHOWN = 400  # characters of a text in a table

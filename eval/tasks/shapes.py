@@ -15,20 +15,13 @@ A row that doesn't fit raises RowError, which names the column.
 
 import json
 import re
-from collections.abc import (
-    Callable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from conf.labelling import RowShape
 from rlhf.process.wording import describe
-from rlhf.types import (
-    RowError,
-    UserError,
-)
+from rlhf.types import RowError, UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The columns of files of MMLU, whose CSV files have no header.

@@ -1,46 +1,22 @@
 """The metrics of tasks that verifiers give: answers, code, constraints (reward/verifiers/)."""
 
-from collections.abc import (
-    Hashable,
-    Sequence,
-)
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Protocol
 
 from conf.choices import TermKind
-from conf.labelling import (
-    TaskConfig,
-    TaskMetric,
-)
+from conf.labelling import TaskConfig, TaskMetric
 from conf.schema import RewardTerm
-from eval.tasks.answers import (
-    compile_pattern,
-    counted_text,
-    loosened,
-    whole_code,
-)
-from eval.tasks.figures import (
-    SAFETY,
-    Checked,
-    RowAnswer,
-)
+from eval.tasks.answers import compile_pattern, counted_text, loosened, whole_code
+from eval.tasks.figures import SAFETY, Checked, RowAnswer
 from eval.tasks.shapes import TaskRow
 from reward.base import Verifier
 from reward.terms import VERIFIERS
-from reward.verifiers.extract import (
-    answer_of,
-    boxed,
-    fenced_or_all,
-    letter_of,
-    normalise,
-)
+from reward.verifiers.extract import answer_of, boxed, fenced_or_all, letter_of, normalise
 from reward.verifiers.text import Numeric
 from rlhf.stages.evaluation.safety import safety_checker
-from rlhf.types import (
-    RowError,
-    UserError,
-)
+from rlhf.types import RowError, UserError
 
 _KINDS = {
     TaskMetric.exact: TermKind.exact,

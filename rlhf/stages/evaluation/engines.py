@@ -5,15 +5,8 @@ log-probabilities of texts behind their prompts.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import (
-    Callable,
-    Iterator,
-    Sequence,
-)
-from dataclasses import (
-    dataclass,
-    field,
-)
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +15,10 @@ from eval.tasks.prompts import Scored
 from policy.agreement import check_agreement
 from policy.model import PolicyModule
 from rlhf.models.directories import check_model_path
-from rlhf.models.loading import (
-    load_causal_lm,
-    starts_whole,
-    write_whole,
-)
+from rlhf.models.loading import load_causal_lm, starts_whole, write_whole
 from rlhf.models.turns import response_text
 from rlhf.stages.evaluation.policies import sequence_logprobs
-from rlhf.types import (
-    Generator,
-    Prompt,
-)
+from rlhf.types import Generator, Prompt
 from rollout.sampling import Sampling
 
 # Tokens between two looks for the texts that end an answer: vLLM keeps what it has computed of a

@@ -7,33 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.labelling import (
-    TaskConfig,
-    TaskKind,
-)
+from conf.labelling import TaskConfig, TaskKind
 from conf.schema import ModelConfig
 from eval.tasks.figures import RowAnswer
-from eval.tasks.prompts import (
-    Scored,
-    Text,
-    prompt_of,
-    scored_ids,
-    scored_texts,
-    windows,
-)
+from eval.tasks.prompts import Scored, Text, prompt_of, scored_ids, scored_texts, windows
 from eval.tasks.prompts import scores_choices as _scores_choices
 from eval.tasks.shapes import TaskRow
 from rlhf.models.directories import fingerprint
-from rlhf.models.encoding import (
-    is_chat,
-    prompt_ids,
-    require_template,
-)
+from rlhf.models.encoding import is_chat, prompt_ids, require_template
 from rlhf.process.files import digest
-from rlhf.stages.evaluation.engines import (
-    Wanted,
-    Written,
-)
+from rlhf.stages.evaluation.engines import Wanted, Written
 from rlhf.stages.evaluation.task_rows import TaskRows
 from rlhf.types import UserError
 

@@ -1,29 +1,14 @@
 """The rows of tasks: files read, their shape told, rows that don't fit counted."""
 
 import logging
-from collections.abc import (
-    Iterator,
-    Sequence,
-)
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from conf.labelling import (
-    RowShape,
-    TaskConfig,
-    TaskKind,
-    TaskMetric,
-)
-from eval.tasks.figures import (
-    LIKENESS,
-    references_of,
-)
-from eval.tasks.prompts import (
-    prompt_of,
-    scored_texts,
-    scores_choices,
-)
+from conf.labelling import RowShape, TaskConfig, TaskKind, TaskMetric
+from eval.tasks.figures import LIKENESS, references_of
+from eval.tasks.prompts import prompt_of, scored_texts, scores_choices
 from eval.tasks.shapes import (
     MMLU_COLUMNS,
     SHAPES,
@@ -34,27 +19,12 @@ from eval.tasks.shapes import (
     shape_of,
 )
 from eval.tasks.texts import check_bleu
-from rlhf.data.files import (
-    check_file,
-    scan,
-)
-from rlhf.data.opening import (
-    SourceRow,
-    kind_of,
-)
-from rlhf.data.tables import (
-    csv_header,
-    csv_rows,
-)
-from rlhf.stages.evaluation.checkers import (
-    AnyChecker,
-    checkers_of,
-)
+from rlhf.data.files import check_file, scan
+from rlhf.data.opening import SourceRow, kind_of
+from rlhf.data.tables import csv_header, csv_rows
+from rlhf.stages.evaluation.checkers import AnyChecker, checkers_of
 from rlhf.stages.evaluation.safety import check_rows
-from rlhf.types import (
-    RowError,
-    UserError,
-)
+from rlhf.types import RowError, UserError
 
 LOG = logging.getLogger("rlhf.stages.eval")
 

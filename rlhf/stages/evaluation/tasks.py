@@ -6,49 +6,18 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Any,
-    Protocol,
-)
+from typing import Any, Protocol
 
-from conf.choices import (
-    ModelKind,
-    RolloutBackend,
-)
-from conf.labelling import (
-    TaskConfig,
-    TaskKind,
-)
-from conf.reward import (
-    EnvironmentConfig,
-    EvalStage,
-)
-from conf.schema import (
-    AdapterConfig,
-    Config,
-    ModelConfig,
-    RolloutConfig,
-)
+from conf.choices import ModelKind, RolloutBackend
+from conf.labelling import TaskConfig, TaskKind
+from conf.reward import EnvironmentConfig, EvalStage
+from conf.schema import AdapterConfig, Config, ModelConfig, RolloutConfig
 from eval.sections import Section
-from eval.tasks import (
-    figures,
-    lm_eval,
-)
-from eval.tasks.figures import (
-    Measured,
-    RowAnswer,
-)
-from eval.tasks.report import (
-    sample_rows,
-    section,
-)
+from eval.tasks import figures, lm_eval
+from eval.tasks.figures import Measured, RowAnswer
+from eval.tasks.report import sample_rows, section
 from rlhf.checks import inputs
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import load_tokenizer
@@ -57,31 +26,12 @@ from rlhf.process.supervision import Watchdog
 from rlhf.run import console
 from rlhf.run.directory import ANSWERS_FOLDER
 from rlhf.run.tracking.tracker import Tracker
-from rlhf.stages.evaluation.engines import (
-    engine_of,
-    likelihoods_by,
-    write_answers,
-)
+from rlhf.stages.evaluation.engines import engine_of, likelihoods_by, write_answers
 from rlhf.stages.evaluation.kept import KeptAnswers
-from rlhf.stages.evaluation.task_jobs import (
-    Job,
-    Policy,
-    jobs_of,
-    of_scored,
-    of_written,
-)
-from rlhf.stages.evaluation.task_rows import (
-    TaskRows,
-    read_task,
-)
-from rlhf.types import (
-    Generator,
-    UserError,
-)
-from rollout import (
-    make_generator,
-    resolve_backend,
-)
+from rlhf.stages.evaluation.task_jobs import Job, Policy, jobs_of, of_scored, of_written
+from rlhf.stages.evaluation.task_rows import TaskRows, read_task
+from rlhf.types import Generator, UserError
+from rollout import make_generator, resolve_backend
 from rollout.sampling import Sampling
 
 LOG = logging.getLogger("rlhf.stages.eval")
