@@ -76,12 +76,17 @@ def test_praise_and_blame_are_equally_many(built: dict[str, list[dict[str, Any]]
         assert len(rows) == films.ROWS[name] and sum(praised) * 2 == len(rows)
 
 
-def test_pairs_prefer_praise_of_the_same_side(built: dict[str, list[dict[str, Any]]]) -> None:
-    for row in built["pairs.jsonl"] + built["pairs_eval.jsonl"]:
-        good, bad = texts(row)
-        assert any(word in good for word in WORDS[1]) and any(word in bad for word in WORDS[0])
-        assert films.side_of(good) == films.side_of(bad) == films.side_of_question(question(row))
-        assert abs(len(good.split()) - len(bad.split())) <= films.NEAR
+def test_pairs_prefer_praise_of_what_is_asked(built: dict[str, list[dict[str, Any]]]) -> None:
+    """Against blame of it, and in each third pair against praise of something else."""
+    for name in ("pairs", "pairs_eval"):
+        for number, row in enumerate(built[f"{name}.jsonl"]):
+            good, bad = texts(row)
+            astray = number % films.ASTRAY == 0
+            assert any(word in good for word in WORDS[1])
+            assert any(word in bad for word in WORDS[int(astray)])
+            assert films.side_of(good) == films.side_of_question(question(row))
+            assert (films.side_of(bad) != films.side_of(good)) is astray
+            assert abs(len(good.split()) - len(bad.split())) <= films.NEAR
 
 
 @pytest.mark.parametrize("name", ["pairs", "pairs_eval"])

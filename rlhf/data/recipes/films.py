@@ -3,8 +3,9 @@ read as English.
 
 The user asks how one side of a film was ("How was the acting in the western?"); the assistant
 answers in a sentence. Answers are sentences of IMDB reviews that name that side, half of them
-praise and half blame: so the policy starts with both. Preference pairs hold the same question with
-a sentence of praise (chosen) and one of blame (rejected), about as long.
+praise and half blame: so the policy starts with both. Preference pairs hold a question with a
+sentence of praise (chosen) and one about as long (rejected): blame of the same side, and in every
+third pair praise of another, so that an answer has to be warm and to the point.
 
 A sentence is kept only where its review's label and the words that it uses agree; which words speak
 is counted on reviews of a role of their own, as in rlhf/data/recipes/reviews.py. So pairs are
@@ -28,7 +29,7 @@ from rlhf.data.recipes.reviews import (
     normalise,
 )
 
-FORMAT_VERSION = 1  # raised whenever the same seed would give other rows
+FORMAT_VERSION = 2  # raised whenever the same seed would give other rows
 
 # short: the template's own system message would cost more tokens than the answer
 SYSTEM = "You have seen the film."
@@ -41,18 +42,15 @@ QUESTIONS = (
 SIDES: Mapping[str, tuple[str, ...]] = {
     "acting": ("acting", "performance", "performances"),
     "story": ("story", "plot", "storyline"),
-    "script": ("script", "writing", "dialogue"),
     "cast": ("cast",),
     "music": ("music", "soundtrack", "score"),
     "ending": ("ending",),
-    "direction": ("direction", "directing"),
     "camera work": ("camera", "cinematography", "photography"),
     "humour": ("humor", "humour", "jokes"),
     "characters": ("characters",),
-    "special effects": ("effects",),
 }
 
-PLURAL = frozenset({"characters", "special effects"})
+PLURAL = frozenset({"characters"})
 
 # What kind of film a review is about: the first of these words that it uses.
 FILMS: Mapping[str, str] = {
@@ -78,6 +76,7 @@ FILM = "film"  # where a review does not say
 MIN_WORDS, MAX_WORDS = 5, 18  # of an answer
 POINT = 5  # first words of a demonstration, among which the side is
 HELD_OUT = 40  # pairs of side and kind of film that no training row asks about
+ASTRAY = 3  # of so many pairs one rejects praise of another side
 NEAR = 1  # words by which the two answers of a pair may differ in length
 ROWS = {"sft": 640, "sft_eval": 64, "pairs": 512, "pairs_eval": 100}
 
@@ -256,23 +255,28 @@ def _demonstrations(known: Sequence[Answer], count: int, rng: random.Random) -> 
 
 
 def _pairs(known: Sequence[Answer], count: int, rng: random.Random) -> list[Row]:
-    """Praise against blame of the same side and about the same length, each sentence once. The
-    question is the praise's.
+    """Praise of what the question asks about, against a sentence about as long: blame, or in one
+    pair of ASTRAY praise of another side. Each sentence once.
     """
+    praise = [answer for answer in known if answer.label == 1]
     blame = [answer for answer in known if answer.label == 0]
     out: list[Row] = []
-    for chosen in known:
-        if chosen.label == 0 or len(out) == count:
-            continue
-        for place, rejected in enumerate(blame):
-            if rejected.side == chosen.side and abs(rejected.words - chosen.words) <= NEAR:
-                question = prompt(_question(chosen.topic, rng))
-                out.append(
-                    {"prompt": question, "chosen": _turn(chosen), "rejected": _turn(rejected)}
-                )
-                del blame[place]
-                break
+    while praise and len(out) < count:
+        chosen = praise.pop()
+        astray = len(out) % ASTRAY == 0
+        rejected = _take(praise if astray else blame, chosen, same_side=not astray)
+        if rejected is not None:
+            question = prompt(_question(chosen.topic, rng))
+            out.append({"prompt": question, "chosen": _turn(chosen), "rejected": _turn(rejected)})
     return out
+
+
+def _take(answers: list[Answer], chosen: Answer, *, same_side: bool) -> Answer | None:
+    """Take out of `answers` one that is about as long as `chosen`, on the same side or another."""
+    for place, answer in enumerate(answers):
+        if (answer.side == chosen.side) == same_side and abs(answer.words - chosen.words) <= NEAR:
+            return answers.pop(place)
+    return None
 
 
 def _questions(topics: Iterable[tuple[str, str]], rng: random.Random) -> list[Row]:
