@@ -28,7 +28,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 # for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo docs reference test test-full test-slow test-labelstudio \
+.PHONY: help setup demo demo-tiny docs reference test test-full test-slow test-labelstudio \
     test-benchmarks fuzz lint format doctor bench bench-quick bench-gpu \
     bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     bench-gateway house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
@@ -47,8 +47,11 @@ $(STAMP): $(LOCK) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## the main job on movie reviews, up to 15 min on 2 cores
-	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo run.overwrite=true
+demo: $(STAMP) ## the main job with a chat model, up to 15 min on 2 cores
+	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=films run.name=demo run.overwrite=true
+
+demo-tiny: $(STAMP) ## the main job from scratch, with PPO: 1M parameters, movie reviews
+	$(OFFLINE) $(PY) -m rlhf stage=chain experiment=reviews run.name=demo-tiny run.overwrite=true
 
 test: $(STAMP) ## what must hold at every commit
 	$(OFFLINE) $(PY) -m pytest $(SHARED) $(PYTEST_ARGS)

@@ -152,6 +152,7 @@ def test_make_prints_its_targets() -> None:
     assert {
         "setup",
         "demo",
+        "demo-tiny",
         "test",
         "lint",
         "proof-reviews",
