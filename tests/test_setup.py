@@ -206,7 +206,12 @@ COME_ALONG = {
 }
 # What of ours only a process with the extra imports: the second runs in a vLLM server, the third is
 # behind the check of stage=board.
-BEHIND_AN_EXTRA = ("reward/service/", "rollout/server/extension.py", "rlhf/board/")
+BEHIND_AN_EXTRA = (
+    "reward/service/",
+    "rollout/server/extension.py",
+    "rlhf/board/",
+    "rlhf/gateway/",
+)
 
 
 def extra_of(distribution: str) -> str:

@@ -32,7 +32,7 @@ from rlhf.types import UserError
 LOG = logging.getLogger("rlhf.stages.search")
 _LOCK = "search.lock"
 # Stages whose summary.json has metrics that say how good a setting is.
-_SEARCHED = ("data", *FAMILIES["train"], *FAMILIES["online"], *FAMILIES["judge"])
+SEARCHED = ("data", *FAMILIES["train"], *FAMILIES["online"], *FAMILIES["judge"])
 # Overrides that change nothing of what a trial computes.
 _HOW = ("run.keep_checkpoints", "run.phase_timeout_s", "tracking", "launch", "hydra")
 
@@ -96,8 +96,8 @@ def _check_stage(key: str, name: str) -> None:
     if name not in known:
         close = presets.nearest(name, known)
         raise UserError(f"{key}={name}: no such stage. Nearest: {close}.")
-    if presets.stage_schema(name) not in _SEARCHED:
-        able = [other for other in known if presets.stage_schema(other) in _SEARCHED]
+    if presets.stage_schema(name) not in SEARCHED:
+        able = [other for other in known if presets.stage_schema(other) in SEARCHED]
         raise UserError(
             f"{key}={name}: its runs have no metrics to search by. Expected one of "
             f"{', '.join(able)}."

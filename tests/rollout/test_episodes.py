@@ -326,7 +326,7 @@ def backends(tiny_model: Callable[..., Path]) -> Iterator[Callable[[str], Any]]:
 def episodes(inner: Any, directory: Path, prompts: list[Prompt], **asked: Any) -> list[Rollout]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     generator = EpisodeGenerator(
-        Whole(inner), tokenizer, limits(max_tokens=34), Counting, max_prompt=30, max_turn=6
+        Whole(inner, 6), tokenizer, limits(max_tokens=34), Counting, max_prompt=30, max_turn=6
     )
     return generator.generate(prompts, **asked)
 

@@ -141,7 +141,7 @@ def test_objectives_are_needed_and_of_a_stage_that_runs() -> None:
 def test_no_option_of_a_stage_is_named_as_a_group() -> None:
     """stage.options and stage.space tell them apart by the first part of a key."""
     groups = {key for key in valid_keys([]) if "." not in key}
-    for name in STAGES:
+    for name in search.SEARCHED:
         own = {key.split(".")[1] for key in valid_keys([name]) if key.startswith("stage.")}
         assert not own & groups, name
 
