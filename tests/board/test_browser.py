@@ -238,8 +238,9 @@ def test_an_annotator_labels_on_the_server(visit: Any, browser: Any, runs: Path)
     owner = visitor.open("/labels/people/label")
     owner.fill("#name", "Ada")
     owner.get_by_role("button", name="Add", exact=True).click()
-    link = owner.locator("a[href^='/annotate/']").last.get_attribute("href")
-    files = runs / ".board" / "labels" / ID / "files"
+    links = owner.locator("a[href^='/annotate/']")
+    link = links.last.get_attribute("href")
+    kept = runs / ".board" / "labels" / ID / "files" / f"{links.count()}.json"
     for number, key in enumerate("12"):
         context = browser.new_context()
         page = context.new_page()
@@ -255,7 +256,7 @@ def test_an_annotator_labels_on_the_server(visit: Any, browser: Any, runs: Path)
         page.wait_for_timeout(1200)  # the task in view is saved, too
         assert noise == []
         context.close()
-        assert len(json.loads((files / "1.json").read_text())["labels"]) == number + 1
+        assert len(json.loads(kept.read_text())["labels"]) == number + 1
     owner.reload()
     assert "2 of 3" in owner.locator("main").inner_text()
     assert not violations(owner)
