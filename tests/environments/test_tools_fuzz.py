@@ -20,6 +20,7 @@ from reward.sandbox.run import FIRST_UID, UIDS
 from rlhf.environments import factory
 from rlhf.types import Step
 
+ROOT = Path(__file__).resolve().parents[2]
 CALLS = 1000
 SECRET = "the-secret-of-the-run"
 BUILT_IN = ["calculator", "python", "lookup", "shell"]
@@ -202,7 +203,7 @@ def test_a_thousand_calls_are_contained(tmp_path: Path, monkeypatch: pytest.Monk
         totals[f"{kind} bad"] += bad
         assert len(content) < 2600 and SECRET not in content, text
         assert not bad or "error: " in content, text
-        assert 'File "/tmp/wt' not in content and "calls_child" not in content, content
+        assert f'File "{ROOT}' not in content and "calls_child" not in content, content
     print(totals)
     for kind in ("unknown", "misfit", "sockets", "bombs", "loops"):
         assert totals[f"{kind} bad"] == totals[kind], kind
