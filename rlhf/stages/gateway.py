@@ -8,10 +8,9 @@ from.
 
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conf.run import RunConfig
-from conf.schema import Config
 from conf.serving import ArmConfig, GatewayAction, GatewayStage
 from rlhf.process import distributed
 from rlhf.process.http import bearer_token, is_loopback
@@ -23,22 +22,10 @@ from rlhf.registry.store import Registry
 from rlhf.run import console
 from rlhf.run.manifest import MANIFEST_FILE, Manifest, artifact_digest, read_manifest
 from rlhf.stages.registered import registry_file
+from rlhf.stages.taken import HasConfig, Options
 from rlhf.types import UserError
 
 FOLDER, ROWS = "gateway", "feedback"
-
-
-class HasConfig(Protocol):
-    """All that this stage takes of a run."""
-
-    cfg: Config
-
-
-class Options(Protocol):
-    """What its check reads."""
-
-    run: RunConfig
-    stage: Any
 
 
 def check(cfg: Options) -> list[str]:

@@ -7,11 +7,8 @@ tracker's own files.
 import getpass
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 from conf.choices import TrackingKind
-from conf.run import RunConfig
-from conf.schema import Config
 from conf.serving import RegistryAction, RegistryStage, RegistryTarget
 from rlhf.process import distributed
 from rlhf.process.files import json_value
@@ -24,22 +21,10 @@ from rlhf.run import console
 from rlhf.run.models import model_path
 from rlhf.run.tracking.files import artifact_name
 from rlhf.stages.registered import registry_file
+from rlhf.stages.taken import HasConfig, Options
 from rlhf.types import UserError
 
 _NONE = "-"
-
-
-class HasConfig(Protocol):
-    """All that this stage takes of a run."""
-
-    cfg: Config
-
-
-class Options(Protocol):
-    """What its check reads."""
-
-    run: RunConfig
-    stage: Any
 
 
 def check(cfg: Options) -> list[str]:
