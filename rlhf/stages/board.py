@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
 
 from conf.schema import Config
 from conf.stages import BoardStage
@@ -11,15 +10,10 @@ from rlhf.process import distributed
 from rlhf.process.http import bearer_token, is_loopback
 from rlhf.process.libraries import require
 from rlhf.process.listening import ignoring_signals, listen
+from rlhf.stages.taken import HasConfig
 from rlhf.types import UserError
 
 _SCHEME = "http"
-
-
-class HasConfig(Protocol):
-    """All that this stage takes of a run: it leaves no run directory."""
-
-    cfg: Config
 
 
 def check(cfg: Config) -> list[str]:

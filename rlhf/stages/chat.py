@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conf.choices import RolloutBackend
 from conf.reward import EnvironmentConfig, EnvironmentKind
@@ -24,6 +24,7 @@ from rlhf.run.models import is_classifier, model_path
 from rlhf.serving.server import ApiServer, Served, recipe_of
 from rlhf.serving.session import Session
 from rlhf.serving.talkers import HFTalker, ServerTalker, Talker, Toolbox
+from rlhf.stages.taken import HasConfig
 from rlhf.types import Message, Step, UserError
 from rollout.sampling import Sampling
 from rollout.server.generator import FOLDER
@@ -33,12 +34,6 @@ LOG = logging.getLogger("rlhf.stages.chat")
 ROWS = "chats"  # folder of saved rows, beside the run's stages
 _HOST = "127.0.0.1"
 _GRACE_S = 10.0
-
-
-class HasConfig(Protocol):
-    """All that this stage takes of a run: it trains nothing and leaves saved rows alone."""
-
-    cfg: Config
 
 
 def check(cfg: Config) -> list[str]:

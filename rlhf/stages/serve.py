@@ -3,7 +3,6 @@ API, until SIGTERM or Ctrl-C.
 """
 
 from pathlib import Path
-from typing import Protocol
 
 from conf.choices import RolloutBackend
 from conf.schema import Config, generator_of
@@ -15,17 +14,12 @@ from rlhf.process.http import bearer_token, is_loopback
 from rlhf.run import console
 from rlhf.run.models import model_path
 from rlhf.serving.server import ApiServer, Served, Stopped, check_adapters, recipe_of
+from rlhf.stages.taken import HasConfig
 from rlhf.types import UserError
 from rollout.server.generator import FOLDER
 from rollout.server.process import free_port, new_token, told_to_stop
 
 KEY_ENV = "OPENAI_API_KEY"  # where OpenAI's clients look for the key
-
-
-class HasConfig(Protocol):
-    """All that this stage takes of a run: it trains nothing and leaves a log alone."""
-
-    cfg: Config
 
 
 def check(cfg: Config) -> list[str]:
