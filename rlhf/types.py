@@ -55,6 +55,21 @@ class SyncError(UserError):
     """
 
 
+# Where a picture stands in the text of a message: U+FFFC, Unicode's "object replacement". One for
+# each of the message's `images`, in their order. A text that holds the character itself can't stand
+# beside pictures.
+PICTURE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class Picture(TypedDict):
+    """A picture of a row: a file that was opened and measured when the row was read."""
+
+    path: str  # absolute
+    sha256: str  # of the file's bytes
+    width: int  # pixels
+    height: int  # pixels
+
+
 class Message(TypedDict, total=False):
     """One turn of a conversation. Keys beside these are kept too: the tokenizer's chat template
     gets the whole message.
@@ -67,6 +82,7 @@ class Message(TypedDict, total=False):
     name: str  # of the tool that answers, or of the speaker
     reasoning_content: str  # what the assistant thought before it answered
     train: bool  # false: this assistant's turn is context only
+    images: list[Picture]  # where `content` holds a PICTURE_MARK
 
 
 # Columns of encoded rows that reach the loss: what a row weighs, and the probability that a pair's
@@ -90,6 +106,7 @@ class Prompt:
     tools: Tools | None = None  # that its template showed
     # most tokens of its response, where that is less than rollout.max_response_length
     limit: int | None = None
+    images: tuple[Picture, ...] = ()  # in the order of their tokens
 
 
 @dataclass(frozen=True, slots=True)
