@@ -45,6 +45,13 @@ def korthikanti(s: int, b: int, h: int, a: int, *, recompute: bool = False) -> f
     return float(2 * s * b * h if recompute else s * b * h * (34 + 5 * a * s / h))
 
 
+def dense_pack(shape: Shape, tokens: int) -> int:
+    """Tokens of the longest pack of shared prompts that has a dense mask: eager attention has no
+    other. One pack may fill a micro-batch.
+    """
+    return tokens if shape.eager else min(tokens, LONGEST_DENSE)
+
+
 @dataclass(frozen=True, slots=True)
 class Beside:
     """What an adapter keeps of a pass, in one block. Counted tensor by tensor, as the rest."""

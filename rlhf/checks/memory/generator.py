@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from conf.choices import Carrier, EngineKind, RolloutBackend
 from conf.model import Transfer
 from conf.online import OnlineStage
+from conf.reward import EnvironmentKind
 from conf.schema import AdapterConfig, RolloutConfig, carrier_of
 from rlhf.checks.launch import runs_vllm
 from rlhf.checks.memory.activations import (
@@ -23,6 +24,15 @@ from rlhf.types import UserError
 # The processes of a vLLM server on a CPU beside weights and cache: one that answers requests, and
 # one for each device. Of a whole run, both together: tests/checks/test_memory_servers_measured.py.
 SERVER_GIB, WORKER_GIB = 0.8, 0.8
+# Games in processes of their own (rlhf/environments/apart.py): the one that they are forked from,
+# and each. Proportional set sizes of 1, 16 and 64 episodes: 0.012 GiB an episode of reasoning-gym
+# and gymnasium, 0.009 of textarena, and 0.04 to 0.16 beside them.
+GAMES_GIB, GAME_GIB = 0.16, 0.0125
+_GAMES = (
+    EnvironmentKind.reasoning_gym,
+    EnvironmentKind.textarena,
+    EnvironmentKind.gymnasium,
+)
 BUCKET = 64.0 * 2**20  # bytes of weights that are sent at once (rollout/server/stream.py)
 
 
@@ -82,6 +92,17 @@ def asked_of(
         at_once=rollout.max_num_seqs,
         whole=carrier_of(rollout, adapter) is Carrier.merged,
     )
+
+
+def games_memory(kind: EnvironmentKind, asked: Asked, machine: Machine) -> dict[str, Bytes]:
+    """The host's memory that a rank's games take while all episodes of a step are played side by
+    side, under the name of their role; empty where an environment starts no processes of its own.
+    """
+    if kind not in _GAMES:
+        return {}
+    episodes = -(-asked.responses // machine.ranks)
+    taken = (GAMES_GIB + GAME_GIB * episodes) * GIB
+    return {"games": Bytes(host=taken) if machine.cuda else Bytes(taken)}
 
 
 def generator_memory(

@@ -27,7 +27,12 @@ from conf.stages import (
 )
 from rlhf.checks.memory import activations
 from rlhf.checks.memory.activations import Pass
-from rlhf.checks.memory.generator import asked_of, generator_memory, sending
+from rlhf.checks.memory.generator import (
+    asked_of,
+    games_memory,
+    generator_memory,
+    sending,
+)
 from rlhf.checks.memory.moments import (
     TRL_GIB,
     VLLM_GIB,
@@ -114,12 +119,16 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
     if shapes.rewards:
         idle["reward"] = sum(scorers, NOTHING)
     idle |= {"generator": generator.idle, "process": process(machine, cfg.engine.kind, beside)}
+    playing = games_memory(cfg.environment.kind, asked, machine)
+    if stage.ahead:
+        idle |= playing
     awake = {**idle, "generator": generator.busy}
     taking = {**idle, "generator": generator.taking}
     sent = sending(cfg.rollout, cfg.adapter, shape, setting, adapter)
+    gathering = idle["policy"] + _gathered(setting, shape)
     moments = [
         *_starting(awake, idle, policy, critic, reference),
-        Moment(Phase.rollout, "responses", awake),
+        Moment(Phase.rollout, "responses", {**awake, **playing}),
         *_scoring(cfg, shapes, setting, idle, reference),
         *_updating(
             cfg,
@@ -131,12 +140,10 @@ def _online(cfg: Settings, shapes: Shapes, machine: Machine) -> Plan:
             masked=wants_shared_prompts(cfg.engine, stage),
         ),
         Moment(Phase.sync, "weights", {**taking, "policy": idle["policy"] + sent}),
-        Moment(
-            Phase.sync, "probe", {**awake, "policy": idle["policy"] + _gathered(setting, shape)}
-        ),
+        Moment(Phase.sync, "probe", {**awake, "policy": gathering}),
     ]
-    notes, problem = generator.notes, generator.problem
-    return Plan(tuple(moments), machine, notes, problem, generator.servers, not setting.parted)
+    held = (generator.notes, generator.problem, generator.servers)
+    return Plan(tuple(moments), machine, *held, not setting.parted)
 
 
 def _critic(cfg: Settings, shapes: Shapes, setting: Setting) -> tuple[Shape, States]:
@@ -182,13 +189,6 @@ def _starting(
             out.append(Moment(Phase.start, name, {**made, name: states.start}))
             made[name] = idle[name]
     return out
-
-
-def _dense_pack(shape: Shape, tokens: int) -> int:
-    """Tokens of the longest pack of shared prompts that has a dense mask: eager attention has no
-    other. One pack may fill a micro-batch.
-    """
-    return tokens if shape.eager else min(tokens, activations.LONGEST_DENSE)
 
 
 def _lengths(cfg: Settings) -> tuple[int, int]:
@@ -284,7 +284,7 @@ def _updating(
         trl=False,
         masked=masked,
         length=longest,
-        pack=_dense_pack(shape, tokens) if masked else 0,
+        pack=activations.dense_pack(shape, tokens) if masked else 0,
         layers=trained_parts(shape, stage.train, classifier=False).layers,
     )
     head = activations.policy_head(

@@ -9,7 +9,16 @@ from rlhf.checks.memory.fit import Row, names_of, recommended
 from rlhf.checks.memory.moments import Machine, Plan
 from rlhf.checks.memory.states import GIB, Bytes
 
-_ORDER = ("policy", "reward model", "critic", "reference", "reward", "generator", "process")
+_ORDER = (
+    "policy",
+    "reward model",
+    "critic",
+    "reference",
+    "reward",
+    "generator",
+    "games",
+    "process",
+)
 
 
 def gib(count: float) -> str:
