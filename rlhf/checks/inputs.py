@@ -1,6 +1,6 @@
 """Checks of what a stage reads: the model's directory, the lengths it can take, the data files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +278,14 @@ def check_acting_terms(reward: RewardConfig, environment: EnvironmentKind) -> No
                 f"reward.terms.{name}.kind=environment needs an environment, but "
                 "environment=none. Set environment, or leave the term out."
             )
+
+
+def refuse_texts(environment: EnvironmentKind, reading: Sequence[str]) -> None:
+    """`reading` has a note on each reward model that reads texts, and an episode is none. Raises
+    UserError.
+    """
+    if environment is not EnvironmentKind.none and reading:
+        raise UserError(
+            f"environment={environment.value}: an episode can only be read as the policy's tokens, "
+            f"but {reading[0]} Or set reward=environment."
+        )

@@ -77,8 +77,11 @@ def check(cfg: Config) -> list[str]:
     if is_set(cfg.reward):
         check_reward(cfg.reward)
         tokenizer = inputs.policy_tokenizer(cfg.model, data.chat_template)
+        read_as_texts = []
         for key, path in model_paths(cfg.reward):
-            notes += check_reward_model(key, path, tokenizer)
+            read_as_texts += check_reward_model(key, path, tokenizer)
+        inputs.refuse_texts(cfg.environment.kind, read_as_texts)
+        notes += read_as_texts
         if cfg.reward.terms:
             check_rows(cfg.reward, reading.first_fields(reading.DataRequest.of(cfg)))
     return notes

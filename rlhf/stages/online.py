@@ -85,7 +85,7 @@ def check(cfg: Config) -> list[str]:
     acting_in(cfg.environment, tokenizer)
     reading = check_scores(stage, cfg.reward, tokenizer)
     reading += check_watch(stage, cfg.reward, tokenizer)
-    refuse_texts(cfg.environment.kind, reading)
+    inputs.refuse_texts(cfg.environment.kind, reading)
     notes += reading
     turn = cfg.rollout.max_response_length
     check_buffer(stage.overlong_buffer, cfg.environment.most_written(turn))
@@ -256,17 +256,6 @@ def check_turns(stage: OnlineStage, reward: RewardConfig, environment: Environme
         )
     if by_turns:
         _check_units(stage, terms)
-
-
-def refuse_texts(environment: EnvironmentKind, reading: Sequence[str]) -> None:
-    """`reading` has a note on each reward model that reads texts, and an episode is none. Raises
-    UserError.
-    """
-    if environment is not EnvironmentKind.none and reading:
-        raise UserError(
-            f"environment={environment.value}: an episode can only be read as the policy's tokens, "
-            f"but {reading[0]} Or set reward=environment."
-        )
 
 
 def _check_units(stage: OnlineStage, terms: dict[str, RewardTerm]) -> None:

@@ -4,11 +4,15 @@ import itertools
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from eval.episodes import episode_figures, pass_at_k
+from reward.model import write_manifest
 from rlhf.cli import config
+from rlhf.models.templates import template_text
 from rlhf.stages import eval as stage
 from rlhf.types import Prompt, Rollout, Turn, UserError
+from tests import toys
 from tests.eval.test_eval import policies, run_eval
 
 __all__ = ["policies"]  # a fixture
@@ -68,3 +72,20 @@ def test_a_term_without_its_environment_is_refused(policies: Path, tmp_path: Pat
     cfg = config.compose([*given, f"data.eval_path={policies / 'prompts.jsonl'}"])
     with pytest.raises(UserError, match=r"reward\.terms\.episode.*environment=none"):
         stage.check(cfg)
+
+
+def test_a_reward_model_that_reads_texts_is_refused(policies: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "reward"
+    other = AutoTokenizer.from_pretrained(policies / "other")
+    other.chat_template = template_text("chatml")
+    other.save_pretrained(reward)
+    (reward / "config.json").write_text((policies / "start" / "config.json").read_text())
+    write_manifest(reward, toys.reward_manifest(other))
+    given = ["stage=eval", "rollout=hf", f"reward.path={reward}", f"run.dir={tmp_path}"]
+    given += [f"stage.before={policies / 'start'}", f"stage.after={policies / 'moved'}"]
+    given += [f"model.path={policies / 'start'}", f"data.eval_path={policies / 'prompts.jsonl'}"]
+    notes = stage.check(config.compose(given))
+    assert any("another tokenizer" in note for note in notes)
+    given += ["environment=python", "environment.path=tests.acting:EvenTokens"]
+    with pytest.raises(UserError, match=r"environment=python.*reward\.path"):
+        stage.check(config.compose(given))

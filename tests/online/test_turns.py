@@ -17,6 +17,7 @@ from reward.base import environment_weight, refuse_turns
 from reward.scorers.computed import CompositeScorer, FunctionScorer, LengthScorer, Term
 from reward.scorers.environment import EnvironmentScorer
 from reward.terms import check_fields, make_scorer
+from rlhf.checks.inputs import refuse_texts
 from rlhf.online.ahead import Writer
 from rlhf.online.collect import Collected, Collector, final_scores, train_batch
 from rlhf.online.judging import HeldOutJudge
@@ -25,7 +26,7 @@ from rlhf.online.recovery import write_bad_batch
 from rlhf.online.watch import response_statistics
 from rlhf.process.distributed import RunningMoments
 from rlhf.run.console import samples_table
-from rlhf.stages.online import check_turns, refuse_texts
+from rlhf.stages.online import check_turns
 from rlhf.types import Prompt, Rollout, Scores, Turn, UserError
 from tests.composing import composed
 
