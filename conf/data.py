@@ -225,6 +225,19 @@ class DataConfig:
     max_bad_rows: int = option(
         0, "Rows that may be unreadable before the run stops.", unit="rows", at_least=0
     )
+    image_dir: str | None = option(
+        None,
+        "Folder of the pictures that rows name; null: that of the data file. No row may name one "
+        "outside of it.",
+        filled=True,
+    )
+    max_image_pixels: int = option(
+        89_478_485,
+        "Most pixels of a picture; one with more, which may be a decompression bomb, is an error.",
+        unit="pixels",
+        at_least=1,
+        at_most=178_956_970,
+    )
     weight_column: str | None = option(
         "weight",
         "Column that weighs a row in the loss, where the rows have it; null: no weights.",

@@ -3,9 +3,10 @@ don't fit or are set aside.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from conf.data import DataFormat
@@ -22,9 +23,12 @@ from rlhf.data.formats import (
 )
 from rlhf.data.formats import reading as formats_for
 from rlhf.data.formats.unread import may_be_unread
-from rlhf.data.formats.values import is_conversation, keys_of, with_default_system
+from rlhf.data.formats.values import has_pictures, is_conversation, keys_of, with_default_system
+from rlhf.data.media import picture_column
 from rlhf.data.mixture import Part, Source
 from rlhf.data.rows import RowError
+from rlhf.data.telling import Seen
+from rlhf.process.pixels import MOST_PIXELS
 from rlhf.process.wording import describe
 from rlhf.types import Tools, UserError
 
@@ -196,32 +200,6 @@ def shape_of(value: Any) -> str:
 
 
 @dataclass(slots=True)
-class Seen:
-    """What rows hold beside what every stage reads, for the log: how many hold it, and where the
-    first is.
-    """
-
-    counts: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    def add(self, names: Iterable[str], place: str) -> None:
-        """Count one row that holds `names`."""
-        for name in names:
-            count, first = self.counts.get(name, (0, place))
-            self.counts[name] = (count + 1, first)
-
-    def merge(self, other: "Seen") -> None:
-        """Count what `other` counted."""
-        for name, (count, first) in other.counts.items():
-            mine, place = self.counts.get(name, (0, first))
-            self.counts[name] = (mine + count, place)
-
-    def told(self, name: str) -> str:
-        """For messages."""
-        count, first = self.counts[name]
-        return f"{count} rows, the first {first}"
-
-
-@dataclass(slots=True)
 class _Unread:
     """The columns of a file's content that its format does not read."""
 
@@ -274,12 +252,15 @@ class Conversion:
     set_aside: LeftOut  # judgements that give no pair, such as ties: their rows fit
     probe: int = PROBE
     system: str | None = None  # data.system
+    most_pixels: int = MOST_PIXELS
+    store: Path | None = None  # where pictures go that rows hold as bytes; None: a temporary folder
     rows: int = 0  # that were given, fitting or not
     formats: dict[str, Format] = field(default_factory=dict)  # by origin
     keys: Seen = field(default_factory=Seen)  # of messages beside role and content, and tools
     notes: Seen = field(default_factory=Seen)  # on what was not read as it stands
     format_notes: list[str] = field(default_factory=list)  # by the first rows
     _unread: dict[str, _Unread] = field(default_factory=dict)  # by origin
+    _pictured: set[str] = field(default_factory=set)  # origins whose first rows show pictures
     _shape: str | None = None
     _shape_where: str = ""  # of the first record
 
@@ -300,6 +281,8 @@ class Conversion:
             self._unread[origin] = _Unread(chosen, self.use, trusted)
             self._unread[origin].learn(rows)
             self.format_notes += _format_notes(origin, chosen, self.use, rows)
+            if any(_shows_pictures(row) for row in rows):
+                self._pictured.add(origin)
         return self.formats[origin]
 
     def _part(self, origin: str) -> tuple[Source, Part]:
@@ -330,6 +313,10 @@ class Conversion:
             self.notes.add([f"format {format_.name} does not read {key!r}"], row.place)
         try:
             several = format_.read(row.columns, self.use)
+            if row.origin in self._pictured:
+                from rlhf.data.pictures import in_turns
+
+                several.pairs = in_turns(several.pairs)
         except RowError as error:
             self.rejected(row, str(error))
             return []
@@ -349,7 +336,7 @@ class Conversion:
                 self.rejected(row, reason)
                 return []
             try:
-                value = self._begun(made.value)
+                value = self._opened(self._begun(made.value), row.origin)
             except RowError as error:
                 self.rejected(row, str(error))
                 return []
@@ -358,6 +345,17 @@ class Conversion:
 
     def _begun(self, value: Any) -> Any:
         return value if self.system is None else with_default_system(value, self.system)
+
+    def _opened(self, value: Any, origin: str) -> Any:
+        """A value whose pictures were found and opened. Raises RowError."""
+        if not has_pictures(value):
+            return value
+        from rlhf.data.picture_files import Pictures
+        from rlhf.data.pictures import opened
+
+        source, part = self._part(origin)
+        folder = part.folder if source.image_dir is None else source.image_dir
+        return opened(value, Pictures(folder, self.most_pixels, self.store))
 
 
 def tell_columns(
@@ -376,6 +374,13 @@ def tell_columns(
         if more:
             told.append(f"{more} more")
         LOG.info("%s: columns that stage=%s does not read: %s", name, by, ", ".join(told))
+
+
+def _shows_pictures(row: SourceRow) -> bool:
+    try:
+        return row.problem is None and picture_column(row.columns) is not None
+    except RowError:  # told where the row is read
+        return False
 
 
 def _format_notes(origin: str, chosen: Format, use: Use, rows: Sequence[SourceRow]) -> list[str]:

@@ -15,9 +15,12 @@ comes before the file. num_samples draws rows by run.seed, and repeats them wher
     prompt and query              one instruction, joined by a line break
     chosen, rejected; kto_tag     pairs (ranking: true); judged answers
 
-What differs on purpose is told in a note on the entry. Not read: images and other media (refused
-where a row holds some), and places other than a file and the Hugging Face hub. What becomes of a
-row is in rlhf/data/llama_factory_rows.py.
+images are the row's pictures, at the marks <image> in its texts; their paths begin at the
+registry's folder, or at data.image_dir (media_dir there).
+
+What differs on purpose is told in a note on the entry. Not read: videos and sounds (refused where a
+row holds some), and places other than a file and the Hugging Face hub. What becomes of a row is in
+rlhf/data/llama_factory_rows.py.
 """
 
 import difflib
@@ -51,9 +54,10 @@ _USUAL = {
 }
 
 
-def sources(path: Path, names: str) -> list[Source]:
+def sources(path: Path, names: str, image_dir: Path | None = None) -> list[Source]:
     """The entries NAME or NAME,NAME of the registry (a file, or the directory that holds it), one
-    after the other. Raises UserError naming file, entry and key.
+    after the other. image_dir: of their pictures; None: the registry's, as LLaMA-Factory has it.
+    Raises UserError naming file, entry and key.
     """
     if path.is_dir():
         path = path / INFO_FILE
@@ -66,7 +70,7 @@ def sources(path: Path, names: str) -> list[Source]:
                 f"data.dataset={names}: {path} has no entry {name!r}; it has "
                 f"{', '.join(list(entries)[:20])}.{hint}"
             )
-        out.append(_source(path, name, entries[name]))
+        out.append(_source(path, name, entries[name], image_dir or path.parent))
     return out
 
 
@@ -96,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
 # ---- entries ----
 
 
-def _source(path: Path, name: str, entry: Any) -> Source:
+def _source(path: Path, name: str, entry: Any, image_dir: Path) -> Source:
     where = f"{path}, entry {name!r}"
     _check_entry(where, entry)
     formatting = entry.get("formatting", "alpaca")
@@ -121,6 +125,7 @@ def _source(path: Path, name: str, entry: Any) -> Source:
         count,
         repeats=True,
         notes=_notes(where, entry, kind, columns),
+        image_dir=image_dir,
     )
 
 

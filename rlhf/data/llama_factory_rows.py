@@ -10,6 +10,7 @@ from rlhf.process.wording import describe
 from rlhf.types import RowError
 
 MEDIA = ("images", "videos", "audios")
+_REFUSED = ("videos", "audios")
 TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -37,8 +38,8 @@ _OURS = (
     "kto_tag",
 )
 # roles that rows of a kind have; rows of the others have every role
-_TURNS = ("prompt", "query", "history", "system", "tools")
-_READ = {"text": ("prompt",), "prompt": _TURNS, "messages": (*_TURNS, "response")}
+_TURNS = ("prompt", "query", "history", "system", "tools", "images")
+_READ = {"text": ("prompt", "images"), "prompt": _TURNS, "messages": (*_TURNS, "response")}
 
 
 def _others(row: Row, columns: Mapping[str, str]) -> Row:
@@ -53,6 +54,8 @@ def _dropped(columns: Mapping[str, str], kind: str) -> list[str]:
     """
     read = {column for role, column in columns.items() if role in _READ.get(kind, columns)}
     ours = {*_OURS, "prompt"} if kind == "prompt" else set(_OURS)
+    if "images" in columns:
+        ours.add("images")
     return sorted((ours | set(columns.values())) - read)
 
 
@@ -63,9 +66,9 @@ def _note_dropped(row: Row, dropped: list[str], lost: list[str]) -> None:
 
 
 def _beside(row: Row, columns: Mapping[str, str]) -> Row:
-    """system and tools, where a row has some."""
+    """system, tools and images, where a row has some."""
     out = {}
-    for role in ("system", "tools"):
+    for role in ("system", "tools", "images"):
         value = row.get(columns.get(role, ""))
         if value not in (None, "", "[]", "{}", [], {}):
             out[role] = value
@@ -119,9 +122,10 @@ def alpaca_rows(columns: Mapping[str, str], kind: str) -> Transform:
         _refuse_media(row, columns)
         _note_dropped(row, dropped, lost)
         out = _others(row, columns)
-        if kind == "text":
-            return {**out, "text": text_of(row, columns["prompt"])}
         beside = _beside(row, columns)
+        if kind == "text":
+            images = {key: beside[key] for key in ("images",) if key in beside}
+            return {**out, **images, "text": text_of(row, columns["prompt"])}
         if kind in ("prompt", "messages"):
             beside.pop("system", None)  # one of the turns
             turns = _turns(row, columns)
@@ -184,9 +188,9 @@ def sharegpt_rows(columns: Mapping[str, str], tags: Mapping[str, str]) -> Transf
 
 
 def _refuse_media(row: Row, columns: Mapping[str, str]) -> None:
-    held = next((role for role in MEDIA if role in columns and row.get(columns[role])), None)
+    held = next((role for role in _REFUSED if role in columns and row.get(columns[role])), None)
     if held is not None:
         raise RowError(
-            f"key {columns[held]!r}: pictures, videos and sounds are not read, found {held}: "
+            f"key {columns[held]!r}: videos and sounds are not read, found {held}: "
             f"{describe(row[columns[held]])}"
         )

@@ -18,15 +18,15 @@ from typing import Any
 
 from conf.schema import Config, DataConfig
 from conf.stages import CPOStage, KTOStage, OfflineStage, ORPOStage, PreferenceStage, RewardStage
-from rlhf.data.converting import PROBE, USES, Conversion, Record, Seen
+from rlhf.data.converting import PROBE, USES, Conversion, Record
 from rlhf.data.files import SourceRow
 from rlhf.data.formats import Format, Use
 from rlhf.data.formats import reading as formats_for
-from rlhf.data.messages import RECORD
 from rlhf.data.mixture import Source, mixed
 from rlhf.data.prepare.held import gathered
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
+from rlhf.data.telling import Seen, tell
 from rlhf.models.templates import template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
@@ -34,6 +34,7 @@ from rlhf.types import SOFT_LABEL, UserError
 
 LOG = logging.getLogger("rlhf.data")
 REJECTED_FILE = "data_rejected.jsonl"
+IMAGES = ".images"  # in run.dir: pictures that rows hold as bytes
 _IDENTITIES = ("name", "tool_call_id")  # of messages: few templates show them
 _SHOWN = 3  # rejected rows quoted in an error
 _OF_PAIRS = (RewardStage, PreferenceStage, CPOStage, ORPOStage)
@@ -113,10 +114,16 @@ def required_sources(request: DataRequest) -> list[Source]:
 
 
 def convert(
-    sources: Sequence[Source], use: Use, data: DataConfig, seed: int, max_rows: int | None
+    sources: Sequence[Source],
+    use: Use,
+    data: DataConfig,
+    seed: int,
+    max_rows: int | None,
+    store: Path | None = None,
 ) -> Loaded:
     """The first `max_rows` rows (all for None) as records of `use`. Rows that don't fit, and
-    judgements that give no pair, are kept apart with their reasons.
+    judgements that give no pair, are kept apart with their reasons. store: where pictures go that
+    rows hold as bytes; None: a temporary folder.
     """
     out = Loaded(_name(sources))
     conversion = Conversion(
@@ -126,6 +133,8 @@ def convert(
         set_aside=lambda row, reason: out.set_aside.append((row, reason)),
         probe=PROBE + data.max_bad_rows,
         system=data.system,
+        most_pixels=data.max_image_pixels,
+        store=store,
     )
     rows = islice(mixed(sources, seed), max_rows)
     out.records = gathered(chain.from_iterable(map(conversion.records, rows)))
@@ -151,7 +160,10 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
         for source in sources:
             for note in source.all_notes():
                 LOG.info(note)
-    loaded = convert(sources, use, request.data, request.seed, request.data.max_rows)
+    data, store = request.data, None
+    if request.run_dir is not None:
+        store = request.run_dir.parent / IMAGES
+    loaded = convert(sources, use, data, request.seed, data.max_rows, store)
     _report_left_out(loaded, request)
     if not loaded.records:
         raise UserError(
@@ -170,19 +182,18 @@ def load(request: DataRequest, sources: Sequence[Source], use: Use) -> Loaded:
     return with_soft_labels(loaded, request.stage)
 
 
-def tell(notes: Seen, name: str) -> None:
-    """Warn of what was not read as it stands."""
-    for what in notes.counts:
-        LOG.warning("%s: %s (%s)", name, what, notes.told(what))
-
-
 def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
     """Warn of each of `keys` that neither we nor the tokenizer's chat template read.
 
-    Raises UserError where calls are among them: turns would be trained, and read, as if they were
-    empty.
+    Raises UserError where calls are among them, since turns would be trained, and read, as if they
+    were empty; and pictures, where the model reads texts alone.
     """
     for key in keys.counts:
+        if key == "images":
+            raise UserError(
+                f"{name}: messages show pictures ({keys.told(key)}), but the model of model.path "
+                "reads texts alone. Give one that reads pictures, or leave those rows out."
+            )
         if key in _IDENTITIES or template_reads(tokenizer, key):
             continue
         if key == "tool_calls":
@@ -192,19 +203,6 @@ def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
                 "hermes."
             )
         _warn("%s: nothing reads the key %r of messages (%s)", name, key, keys.told(key))
-
-
-def tell_kept(keys: Seen, name: str) -> None:
-    """Log which of `keys`, of messages that are written, nothing but a chat template may read."""
-    for key in keys.counts:
-        if key not in RECORD and key != "tools":
-            _warn(
-                "%s: messages hold the key %r (%s), which is kept: nothing but a chat template "
-                "that names it reads it",
-                name,
-                key,
-                keys.told(key),
-            )
 
 
 def _report_left_out(loaded: Loaded, request: DataRequest) -> None:

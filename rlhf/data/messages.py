@@ -10,8 +10,9 @@ Beside role (or from) and content (or value):
     train              weight (OpenAI), loss (ms-swift), train or training (axolotl)
 
 Any other key is kept: the chat template gets the whole message. Null and empty values are left out,
-as Parquet files have every key in every message. Text in parts is joined as it stands. Pictures,
-videos and sounds are refused.
+as Parquet files have every key in every message. Text in parts is joined as it stands. A picture
+leaves a PICTURE_MARK in the content, and what the row gives for it among `images`; None where that
+is in the row's own column (rlhf/data/pictures.py). Videos and sounds are refused.
 """
 
 import json
@@ -21,8 +22,17 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rlhf.data.calls import call_of, checked_text, is_nothing, missing, parsed, refuse_halves
+from rlhf.data.media import (
+    IMAGE_TEXT,
+    PARTS_OF_MEDIA,
+    PARTS_OF_PICTURES,
+    given_pictures,
+    picture_column,
+    picture_of_part,
+    refuse_media,
+)
 from rlhf.process.wording import describe, nearest
-from rlhf.types import Message, RowError
+from rlhf.types import PICTURE_MARK, Message, RowError
 
 _CALLS = "calls"  # a speaker whose text is the call
 SPEAKERS = {
@@ -44,34 +54,22 @@ SPEAKERS = {
     "tool_response": "tool",
 }
 # keys of the record; a template that reads others gets them too
-RECORD = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "train")
+RECORD = (
+    "role",
+    "content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "reasoning_content",
+    "train",
+    "images",
+)
 _SPELLINGS = {"role": "from", "from": "role", "content": "value", "value": "content"}
 _FLAGS = ("train", "training", "weight", "loss", "loss_weight")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_MEDIA = tuple(
-    f"{kind}{ending}"
-    for kind in ("image", "video", "audio")
-    for ending in ("", "s", "_url", "_urls")
-)
-_NAMES_OF_MEDIA = frozenset(_MEDIA)
 _PARTS_OF_TEXT = ("text", "input_text", "output_text")
-_PARTS_OF_MEDIA = (*_MEDIA, "input_image", "input_video", "input_audio", "input_file", "file")
 _PARTS_OF_CALLS = ("tool_call", "tool_calls", "function_call")
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-
-
-def refuse_media(holder: Mapping[Any, Any], where: str = "") -> None:
-    """Raises RowError for a key, of a row or a message, that holds pictures, videos or sounds."""
-    if _NAMES_OF_MEDIA.isdisjoint(holder):
-        return
-    for key in _MEDIA:
-        value = holder.get(key)
-        if not is_nothing(value) and value is not False:
-            raise RowError(
-                f"{where}key {key!r}: pictures, videos and sounds are not read, found "
-                f"{describe(value)}. A column that holds something else can be renamed by "
-                "data.columns"
-            )
 
 
 # ---- messages ----
@@ -116,6 +114,9 @@ def message_of(message: Any, where: str, role: str = "role", content: str = "con
         _refuse_second(rest, out)
         if calls:
             out["tool_calls"] = _checked_calls(calls, out["role"])
+        out |= _pictures_of(rest, read, out["content"])
+        if "images" in out and out["role"] == "assistant":
+            raise RowError("expected pictures in what is asked, found one in an answer")
         out |= _texts_of(rest, read)
         if (train := _train_of(rest)) is not None:
             out["train"] = train
@@ -166,6 +167,7 @@ class _Content:
     text: str | None = None  # None: nothing, not even an empty text
     reasoning: str = ""
     calls: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)  # of its parts
 
 
 def _content_of(message: Mapping[Any, Any], key: str, where: str, *, calls: bool) -> _Content:
@@ -193,21 +195,24 @@ def _content_of_caller(value: Any, key: str) -> _Content:
 
 
 def _content_of_parts(parts: list[Any], key: str) -> _Content:
-    texts, reasons, calls = [], [], []
+    texts, reasons, calls, images = [], [], [], []
     for i, part in enumerate(parts):
         name = f"{key}[{i}]"
         if isinstance(part, str):
             texts.append(checked_text(part, name, empty=True))
             continue
         kind, value = _part(part, name)
-        if kind in _PARTS_OF_CALLS:
+        if kind in PARTS_OF_PICTURES:
+            texts.append(PICTURE_MARK)
+            images.append(value)
+        elif kind in _PARTS_OF_CALLS:
             given = parsed(value, name, "a call") if isinstance(value, str) else value
             calls += given if isinstance(given, list) else [given]
         elif kind in _REASONING:
             reasons.append(checked_text(value, name, empty=True))
         else:
             texts.append(checked_text(value, name, empty=True))
-    return _Content("".join(texts) if texts else None, "".join(reasons), calls)
+    return _Content("".join(texts) if texts else None, "".join(reasons), calls, images)
 
 
 def _part(part: Any, name: str) -> tuple[str, Any]:
@@ -216,14 +221,16 @@ def _part(part: Any, name: str) -> tuple[str, Any]:
     """
     if not isinstance(part, Mapping):
         raise RowError(f"key {name!r}: expected a text or a part of one, found {describe(part)}")
-    refuse_media(part, f"{name}: ")
     held = {str(key): value for key, value in part.items() if not is_nothing(value)}
-    kind = held.pop("type", "text")
-    if kind in _PARTS_OF_MEDIA:
+    kind = held.pop("type", next((key for key in PARTS_OF_PICTURES if key in held), "text"))
+    if kind in PARTS_OF_PICTURES:
+        return kind, picture_of_part(held, kind, name)
+    refuse_media(held, f"{name}: ")
+    if kind in PARTS_OF_MEDIA:
         raise RowError(
-            f"key {name!r}: pictures, videos and sounds are not read, found a part of type {kind!r}"
+            f"key {name!r}: videos and sounds are not read, found a part of type {kind!r}"
         )
-    known = (*_PARTS_OF_TEXT, *_REASONING, *_PARTS_OF_CALLS)
+    known = (*_PARTS_OF_TEXT, *_REASONING, *_PARTS_OF_CALLS, *PARTS_OF_PICTURES)
     if kind not in known:
         raise RowError(
             f"key {name!r}: expected a part of one of the types {', '.join(known)}, found {kind!r}"
@@ -236,6 +243,30 @@ def _part(part: Any, name: str) -> tuple[str, Any]:
             f"{', '.join(map(repr, held))} too, which nothing reads"
         )
     return kind, value
+
+
+def _pictures_of(rest: dict[str, Any], read: _Content, text: str) -> dict[str, Any]:
+    """The content with marks and images of a message that shows pictures: those of its parts, or
+    those of its key images, taken out of `rest`, whose marks stand in its text. Raises RowError.
+    """
+    key = picture_column(rest)
+    if key is None:
+        if read.images and text.count(PICTURE_MARK) != len(read.images):
+            raise RowError("expected texts without the character U+FFFC beside pictures")
+        return {"images": read.images} if read.images else {}
+    if read.images:
+        raise RowError(f"key {key!r}: expected pictures there or in parts, found both")
+    given = given_pictures(rest.pop(key), key)
+    mark = PICTURE_MARK if PICTURE_MARK in text else IMAGE_TEXT
+    marks = text.count(mark)
+    if not marks:
+        text = mark * len(given) + text
+    elif marks != len(given):
+        raise RowError(
+            f"key {key!r}: expected as many pictures as marks in the text, found {len(given)} "
+            f"pictures and {marks} marks"
+        )
+    return {"content": text.replace(mark, PICTURE_MARK), "images": given}
 
 
 def _text_beside(

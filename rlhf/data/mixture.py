@@ -11,7 +11,7 @@ weights the sources follow one another.
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -44,6 +44,11 @@ class Part:
     count: Callable[[], int]  # of its rows
     files: tuple[Path, ...] = ()  # on this machine, for the manifest
     note: str | None = None  # what of the path is not read, for the log
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the pictures are that its rows name; None: rows of a hub."""
+        return self.files[0].parent if self.files else None
 
 
 def parts_of(
@@ -140,7 +145,22 @@ def _saved(folder: Path, key: str, split: str | None) -> Part:
             f"{key}={folder}: a single data set without splits: expected no split, found {split!r}."
         )
     files = tuple(sorted(p for p in part_folder.iterdir() if p.suffix == ".arrow"))
-    return Part(origin, lambda: _rows(origin, loaded), lambda: len(loaded), files)
+
+    def rows() -> Iterator[SourceRow]:
+        if _has_media(loaded.features):
+            return _rows(origin, loaded.to_iterable_dataset().decode(False))
+        return _rows(origin, loaded)
+
+    return Part(origin, rows, lambda: len(loaded), files)
+
+
+def _has_media(feature: Any) -> bool:
+    """Whether a data set decodes pictures or the like by itself: rows shall have their bytes."""
+    if isinstance(feature, Mapping):
+        return any(_has_media(inner) for inner in feature.values())
+    if hasattr(feature, "feature"):  # a list
+        return _has_media(feature.feature)
+    return hasattr(feature, "decode")
 
 
 def hub_part(
@@ -162,7 +182,10 @@ def hub_part(
         try:
             names = datasets.get_dataset_split_names(name, subset, **below)
             chosen = _choose_split(name, key, names, split)
-            return datasets.load_dataset(name, subset, split=chosen, streaming=True, **below)
+            found = datasets.load_dataset(name, subset, split=chosen, streaming=True, **below)
+            if found.features is not None and _has_media(found.features):
+                found = found.decode(False)
+            return found
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
@@ -201,6 +224,7 @@ class Source:
     repeats: bool = False  # a cap above its rows gives rows again
     notes: tuple[str, ...] = ()  # what was assumed, for the log
     named_columns: bool = False  # data.columns says which column is what
+    image_dir: Path | None = None  # of its pictures; None: where its files are
 
     def all_notes(self) -> list[str]:
         """What the log says of it, once each: what was assumed, and what of its path isn't read."""

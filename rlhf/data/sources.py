@@ -33,7 +33,8 @@ def train_sources(data: DataConfig) -> list[Source]:
                 f"{option} and data.dataset={data.dataset}: the registry says both format and "
                 f"columns. Leave {option} out."
             )
-        entries = llama_factory.sources(Path(data.registry).expanduser(), data.dataset)
+        registry = Path(data.registry).expanduser()
+        entries = llama_factory.sources(registry, data.dataset, _image_dir(data))
         return _each_once(entries, f"data.dataset={data.dataset}")
     if data.path is None:
         return []
@@ -106,7 +107,10 @@ def _plain(path: str, key: str, data: DataConfig) -> Source:
     parts = parts_of(where, key, subset, split)
     transforms = _transforms(data.columns, data.join)
     named = bool(data.columns)
-    return Source(key, path, parts, data.format, transforms, cap, named_columns=named)
+    images = _image_dir(data)
+    return Source(
+        key, path, parts, data.format, transforms, cap, named_columns=named, image_dir=images
+    )
 
 
 def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
@@ -122,8 +126,27 @@ def _named(name: str, source: SourceConfig, data: DataConfig) -> Source:
     transforms = _transforms(columns, data.join)
     parts = parts_of(where, key, source.subset, source.split)
     cap = source.cap if cap is None else cap
-    named = bool(columns)
-    return Source(key, name, parts, form, transforms, cap, source.weight, named_columns=named)
+    return Source(
+        key,
+        name,
+        parts,
+        form,
+        transforms,
+        cap,
+        source.weight,
+        named_columns=bool(columns),
+        image_dir=_image_dir(data),
+    )
+
+
+def _image_dir(data: DataConfig) -> Path | None:
+    """data.image_dir. Raises UserError where it is no folder."""
+    if data.image_dir is None:
+        return None
+    folder = Path(data.image_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data.image_dir={data.image_dir}: no such folder.")
+    return folder
 
 
 def _transforms(columns: dict[str, Any], join: list[str]) -> tuple[Transform, ...]:

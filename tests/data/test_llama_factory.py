@@ -447,9 +447,7 @@ def test_a_place_that_is_not_read_and_rows_with_images(tmp_path: Path) -> None:
         )
         == []
     )
-    assert len(left) == 1 and "'pics'" in left[0] and "images" in left[0]
-    with pytest.raises(UserError, match=r"rows.json, row 1: .*'pics': .*images"):
-        ingest.natural_use(cfg.data)
+    assert len(left) == 1 and "picture 1: no such file" in left[0] and "'x.png'" in left[0]
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"mine": {"ms_hub_url": "a/b"}}), encoding="utf-8"
     )

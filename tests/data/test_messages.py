@@ -31,7 +31,7 @@ from rlhf.models.loading import train_tokenizer
 from rlhf.models.templates import rendered, template_reads, template_text
 from rlhf.rows.preferences import encode_preferences
 from rlhf.rows.sft import encode_sft_row
-from rlhf.types import PreferencePair, UserError
+from rlhf.types import PICTURE_MARK, PreferencePair, UserError
 from tests.offline.trl_tools import records
 
 ASKED = {"role": "user", "content": "How warm is it in Oslo?"}
@@ -138,9 +138,13 @@ def test_what_a_function_gave_back(speaker: str) -> None:
         ({"content": "a", "weight": 0.5}, ["messages[1]", "'weight'", "0.5"]),
         ({"content": "a", "weight": "1"}, ["messages[1]", "'weight'", "'1'"]),
         ({"content": "a", "weight": 0, "loss": True}, ["'weight'", "'loss'"]),
-        ({"content": "a", "images": ["x.jpg"]}, ["messages[1]", "'images'", "pictures"]),
-        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ["image_url", "pict"]),
-        ({"content": [{"type": "image"}]}, ["content[0]", "pictures", "'image'"]),
+        ({"content": "a", "images": ["x.jpg"]}, ["messages[1]", "pictures", "answer"]),
+        ({"content": [{"type": "image", "image": "x"}]}, ["messages[1]", "pictures", "answer"]),
+        ({"content": [{"type": "image", "hint": 1}]}, ["content[0]", "'hint'"]),
+        ({"content": [{"type": "video"}]}, ["content[0]", "videos", "'video'"]),
+        ({"content": [{"type": "text", "text": "a", "audio": "x"}]}, ["content[0]", "'audio'"]),
+        ({"content": "a", "image_url": "x"}, ["messages[1]", "'image_url'", "pictures"]),
+        ({"content": "a", "videos": ["x.mp4"]}, ["messages[1]", "'videos'", "sounds"]),
         ({"content": [{"type": "tool_use", "id": "x"}]}, ["content[0]", "'tool_use'"]),
         ({"content": [{"type": "text", "text": "a", "hint": 1}]}, ["content[0]", "'hint'"]),
         ({"content": "a", "reasoning": "b", "thinking": "c"}, ["'reasoning'", "'thinking'"]),
@@ -173,19 +177,19 @@ def test_a_call_of_a_user_and_two_speakers_are_refused() -> None:
 
 
 MEDIA = [
-    {"messages": [ASKED, SAID], "images": ["a.jpg"]},
-    {"conversations": [{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]}
-    | {"image": "a.jpg"},
+    {"messages": [ASKED, SAID], "audios": ["a.wav"]},
+    {"conversations": [{"from": "human", "value": "<video>x"}, {"from": "gpt", "value": "y"}]}
+    | {"video": "a.mp4"},
     {"prompt": "x", "completion": "y", "video": {"path": "v.mp4"}},
 ]
 
 
 @pytest.mark.parametrize("row", MEDIA)
 @pytest.mark.parametrize("use", [Use.sft, Use.prompt])
-def test_rows_with_pictures_are_refused_whatever_they_are_read_for(
+def test_rows_with_videos_are_refused_whatever_they_are_read_for(
     row: dict[str, Any], use: Use
 ) -> None:
-    with pytest.raises(RowError, match="pictures, videos and sounds"):
+    with pytest.raises(RowError, match="videos and sounds are not read"):
         read(row, use)
 
 
@@ -647,9 +651,10 @@ def account_for(messages: list[dict[str, Any]], form: str) -> None:
 def accounted(before: dict[str, Any], after: dict[str, Any], counted: set[str]) -> None:
     """Every key of a message that says something is in the message that it became."""
     assert after["role"] == before["role"]
-    assert after["content"] == (
-        "a" if isinstance(before["content"], list) else before["content"] or ""
-    )
+    shown = before.get("images") or []
+    assert after.get("images", []) == shown
+    said = "a" if isinstance(before["content"], list) else before["content"] or ""
+    assert after["content"] == PICTURE_MARK * len(shown) + said
     flags = {bool(before[k]) for k in ("weight", "loss", "train") if says(before.get(k))}
     assert ({after["train"]} if "train" in after else set()) == flags
     if True in flags and before["role"] != "assistant":

@@ -87,6 +87,7 @@ PATHS = frozenset(
         "data.eval_path",
         f"data.sources.{NAME}.path",
         "data.registry",
+        "data.image_dir",
         "data.join",
         "data.chat_template",
         "model.path",

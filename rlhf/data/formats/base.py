@@ -19,8 +19,14 @@ from enum import Enum
 from typing import Any
 
 from rlhf.data.calls import missing, tools_of
-from rlhf.data.formats.values import replaced, require_messages, shows_tools, unread_inside
-from rlhf.data.messages import refuse_media
+from rlhf.data.formats.values import (
+    has_pictures,
+    replaced,
+    require_messages,
+    shows_tools,
+    unread_inside,
+)
+from rlhf.data.media import picture_column, refuse_media
 from rlhf.data.rows import (
     Chat,
     Row,
@@ -122,13 +128,19 @@ class Format:
         row = self.flatten(row)
         refuse_media(row)
         tools, column = tools_of(row)
+        shown = picture_column(row)
         try:
-            out = self._read({key: value for key, value in row.items() if key != column}, use)
+            out = self._read({k: v for k, v in row.items() if k not in (column, shown)}, use)
         except KeyError as error:
             absent = [key for key in self.keys if key not in row]
             if not absent:
                 raise
             raise missing(absent[0], list(row)) from error
+        if shown is not None or any(has_pictures(made.value) for made in out.pairs):
+            from rlhf.data.pictures import with_pictures
+
+            pairs, notes = with_pictures(out.pairs, row, shown)
+            out = replace(out, pairs=pairs, notes=[*out.notes, *notes])
         if tools is None:
             return out
         if any(shows_tools(made.value) for made in out.pairs):
@@ -164,8 +176,7 @@ class Format:
         assert self.pairs is not None
         out = self.pairs(row)
         pairs = [Made(made.value, own | made.fields) for made in out.pairs]
-        for made in pairs:
-            notes += replaced(own, made.fields)
+        notes += [note for made in pairs for note in replaced(own, made.fields)]
         return Several(pairs, out.set_aside, list(dict.fromkeys([*out.notes, *notes])))
 
 

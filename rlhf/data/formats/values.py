@@ -3,14 +3,14 @@ the functions that a template shows; how they stand in columns; and what formats
 inside a row's columns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from rlhf.data.calls import is_nothing
 from rlhf.data.rows import Chat, Row, RowError, finite
-from rlhf.types import JudgedAnswer, PreferencePair
+from rlhf.types import JudgedAnswer, Message, PreferencePair
 
 # the toolkit's own columns that hold texts or messages, and all of its own columns
 CONTENT = ("prompt", "text", "completion", "messages", "chosen", "rejected")
@@ -94,6 +94,38 @@ def chats_of(value: Any) -> list[Chat]:
     else:
         parts = (value,)
     return [part for part in parts if isinstance(part, list)]
+
+
+def has_pictures(value: Any) -> bool:
+    """Whether a message of a value of a use shows a picture."""
+    return any("images" in message for chat in chats_of(value) for message in chat)
+
+
+def on_messages(value: Any, change: Callable[[Message], Message]) -> Any:
+    """A value of a use with every message as `change` gives it, in their order."""
+
+    def part(held: Any) -> Any:
+        if isinstance(held, list):
+            return [change(message) for message in held]
+        return held
+
+    if isinstance(value, PreferencePair):
+        prompt = part(value.prompt)
+        return replace(
+            value, prompt=prompt, chosen=part(value.chosen), rejected=part(value.rejected)
+        )
+    if isinstance(value, JudgedAnswer):
+        return replace(value, prompt=part(value.prompt), completion=part(value.completion))
+    if isinstance(value, dict):
+        return {key: held if key == "tools" else part(held) for key, held in value.items()}
+    return part(value)
+
+
+def pictures_in(value: Any) -> Iterator[Any]:
+    """The pictures of a value of a use, in their order."""
+    for chat in chats_of(value):
+        for message in chat:
+            yield from message.get("images", ())
 
 
 def keys_of(value: Any, fields: Mapping[str, Any]) -> set[str]:

@@ -20,8 +20,7 @@ from rlhf.data.formats import Use
 from rlhf.data.formats.base import both_sides
 from rlhf.data.formats.names import is_question
 from rlhf.data.formats.unread import stands_in, texts_in
-from rlhf.data.formats.values import as_whole, columns_of, layout_of, not_carried
-from rlhf.data.loading import tell, tell_kept
+from rlhf.data.formats.values import as_whole, columns_of, has_pictures, layout_of, not_carried
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
 from rlhf.data.prepare.items import Context, Item
@@ -29,6 +28,7 @@ from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, ReadItems
 from rlhf.data.prepare.plan import Planned, digest, plan
 from rlhf.data.reading import first_rows, refuse_two_shapes
 from rlhf.data.sources import all_sources, eval_sources, given, sources_of, train_sources
+from rlhf.data.telling import tell, tell_kept
 from rlhf.data.writing import check_target
 from rlhf.types import PreferencePair, UserError
 
@@ -86,6 +86,11 @@ def items(
     counts: Counter[str] = Counter()
     for row in source_rows(data, seed, split):
         for record in conversion.records(row):
+            if has_pictures(record.value):
+                raise UserError(
+                    f"{record.place}: stage=data does not carry pictures, found a row that shows "
+                    "some. A stage that trains reads the file itself."
+                )
             values = [record.value]
             if kind is Use.unpaired and isinstance(record.value, PreferencePair):
                 values = list(both_sides(record.value))
