@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conf.schema import AdapterConfig
 from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather
 from rlhf.models.directories import ADAPTER_NAME, adapter_name, further, merges_first, readable
-from rlhf.models.facts import set_ends
+from rlhf.models.facts import save_tokenizer, set_ends
 from rlhf.process import distributed
 from rlhf.types import AdapterWeights, FullWeights
 
@@ -321,7 +321,7 @@ def save_model(
         set_ends(base, tokenizer)  # trainers put the tokenizer's alone in their place
         with replacing(directory) as side:
             base.save_pretrained(side, state_dict=state)
-            tokenizer.save_pretrained(side)
+            save_tokenizer(tokenizer, side)
     distributed.barrier()
 
 

@@ -28,6 +28,7 @@ from policy.saving import (
     save_model,
 )
 from rlhf.models.directories import CLASSIFIER, check_further
+from rlhf.models.facts import save_tokenizer
 from rlhf.models.loading import without_weights
 from rlhf.models.parts import ADDED, chosen, outline, places, train_parts
 from rlhf.process import distributed
@@ -363,9 +364,8 @@ def save(
                 save_adapter(model, directory / "model", gather, method.saved, adapter.name)
         if whole:
             save_model(model, tokenizer, directory / "model", gather, dtype)
-            return
-        if distributed.is_main():
-            tokenizer.save_pretrained(directory / "model")
+        elif distributed.is_main():
+            save_tokenizer(tokenizer, directory / "model")
         distributed.barrier()
 
 

@@ -22,7 +22,9 @@ from rlhf.models.turns import (
     is_blank,
     plain_ids,
     prompt_text,
+    short_prompt_text,
     single_bos,
+    text_ids,
     up_to_end,
 )
 from rlhf.types import Message, Tools, UserError
@@ -69,8 +71,18 @@ def prompt_ids(tokenizer: Any, prompt: str | Chat, tools: Tools | None = None) -
     behind the tokens that the tokenizer writes before it. Never the tokenizer's own end.
     """
     if isinstance(prompt, str):
-        return _begun(tokenizer, plain_ids(tokenizer, prompt))
+        return _begun(tokenizer, text_ids(tokenizer, prompt))
     return single_bos(tokenizer, plain_ids(tokenizer, prompt_text(tokenizer, prompt, tools)))
+
+
+def unexpanded_prompt_ids(
+    tokenizer: Any, prompt: str | Chat, tools: Tools | None = None
+) -> list[int]:
+    """`prompt_ids` with one image token for each picture, as vLLM wants a prompt."""
+    if isinstance(prompt, str):
+        return prompt_ids(tokenizer, prompt)
+    text = short_prompt_text(tokenizer, prompt, tools)
+    return single_bos(tokenizer, plain_ids(tokenizer, text))
 
 
 def _begun(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -87,7 +99,7 @@ def response_ids(
     """What the policy writes: the text, and the token that ends it when it is `finished`: the
     text's own, or else `closing_id`. `chat`: after a conversation.
     """
-    ids = plain_ids(tokenizer, text)
+    ids = text_ids(tokenizer, text)
     if ids and ids[-1] in end_ids(tokenizer):
         return ids if finished else ids[:-1]
     return [*ids, closing_id(tokenizer, chat=chat)] if finished else ids
@@ -275,7 +287,7 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Plain text for SFT: token ids with an end token at their end, the text's own (blanks behind
     it are left out) or end-of-sequence, and labels that train all of them.
     """
-    ids = _begun(tokenizer, plain_ids(tokenizer, text))
+    ids = _begun(tokenizer, text_ids(tokenizer, text))
     stop = len(ids)
     while stop and is_blank(tokenizer, ids[stop - 1]):
         stop -= 1

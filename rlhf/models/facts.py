@@ -5,19 +5,51 @@ first. And what a tokenizer and its template do to rows without their asking.
 
 import hashlib
 import inspect
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlhf.models.turns import EMBEDDING_ROWS, LISTED_ENDS, end_ids, habits, special_ids
+from rlhf.models.directories import readable
+from rlhf.models.turns import (
+    EMBEDDING_ROWS,
+    LISTED_ENDS,
+    PROCESSOR,
+    end_ids,
+    habits,
+    special_ids,
+)
 from rlhf.models.words import forget
 from rlhf.process.files import sha256
 from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
 _MEDIA = ("image", "audio", "video", "boi", "eoi", "boa", "eoa")  # of names such as image_token
+
+
+def model_file(path: str, name: str) -> dict[str, Any]:
+    """A JSON file of a model's directory or of a hub's model; {} where there is none."""
+    from transformers.utils import cached_file
+
+    with readable(f"model.path={path}: its {name}"):
+        found = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            return {}
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def has_vision(path: str) -> bool:
+    """Whether the model's config.json speaks of a part for pictures."""
+    return bool(model_file(path, "config.json").get("vision_config"))
 
 
 def attach_ends(tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
@@ -198,7 +230,9 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     code = ""
     if not kind.__module__.startswith("transformers."):
         code = sha256(Path(inspect.getfile(kind)))
-    return {
+    processor = vars(tokenizer).get(PROCESSOR)
+    pictures = {} if processor is None else {"pictures": processor.state()}
+    return pictures | {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "code": code,
         "content": _tokenizer_content(tokenizer),
@@ -210,6 +244,16 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
         "splits": getattr(tokenizer, "split_special_tokens", False),
         "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),
     }
+
+
+def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
+    """Write a tokenizer, with a picture model's processor where it has one."""
+    if PROCESSOR not in vars(tokenizer):
+        tokenizer.save_pretrained(directory)
+        return
+    from rlhf.models.processors import save_processor
+
+    save_processor(tokenizer, directory)
 
 
 def _tokenizer_content(tokenizer: Any) -> str:
@@ -227,6 +271,29 @@ def _tokenizer_content(tokenizer: Any) -> str:
 
 
 # ---- the model ----
+
+
+def language_class(config: Any) -> Any:
+    """transformers' class that loads a language model of this configuration: one that reads
+    pictures too, where that is what it is.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if getattr(config, "vision_config", None) is None:
+        return AutoModelForCausalLM
+    from rlhf.models.processors import is_picture_model
+
+    return AutoModelForImageTextToText if is_picture_model(config) else AutoModelForCausalLM
+
+
+def language_class_at(path: str, trust_remote_code: bool) -> Any:
+    """The same for the model at `path`. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not has_vision(path):
+        return AutoModelForCausalLM
+    with readable(f"the model {path}: its configuration"):
+        return language_class(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def check_forward(model: Any, role: str) -> None:

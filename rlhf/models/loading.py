@@ -4,7 +4,6 @@ Weights come from safetensors or GGUF only.
 """
 
 import copy
-import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -88,6 +87,10 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             held.tokenizer_place(), trust_remote_code=cfg.trust_remote_code, **extra
         )
+    if not cfg.gguf_file and facts.has_vision(held.weights):
+        from rlhf.models.processors import load_processor
+
+        load_processor(held.weights, tokenizer, trust_remote_code=cfg.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path={cfg.path}: its tokenizer has no end-of-sequence token, so no response "
@@ -104,31 +107,13 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
 
 def _attach_files(tokenizer: Any, held: Contents) -> None:
     """Make known to `tokenizer` what the files of its model say of tokens. Raises UserError."""
-    config = _model_file(held.weights, "config.json")
-    facts.attach_ends(tokenizer, config, _model_file(held.weights, "generation_config.json"))
+    config = facts.model_file(held.weights, "config.json")
+    facts.attach_ends(tokenizer, config, facts.model_file(held.weights, "generation_config.json"))
     rows = [embedding_rows(adapter) for adapter in held.adapters]
     brought = max((count for count in rows if count is not None), default=0)
     if brought > config.get("vocab_size", 0):
         config |= {"vocab_size": brought}  # `_make_room` gives it as many
     facts.attach_rows(tokenizer, config, f"model.path={held.path}")
-
-
-def _model_file(path: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model's directory or of a hub's model; {} where there is none."""
-    from transformers.utils import cached_file
-
-    with readable(f"model.path={path}: its {name}"):
-        found = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is None:
-            return {}
-        content = json.loads(Path(found).read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
 
 
 def load_or_train_tokenizer(
@@ -231,10 +216,9 @@ def load_causal_lm(
 
 
 def _language_model(cfg: ModelConfig, held: Contents) -> Any:
-    from transformers import AutoModelForCausalLM
-
     options = _loading_options(cfg, held)
-    model = _whole(AutoModelForCausalLM, held.weights, **options)
+    kind = facts.language_class_at(held.weights, cfg.trust_remote_code)
+    model = _whole(kind, held.weights, **options)
     for adapter in held.adapters:
         if adapter.task == CLASSIFIER:
             raise UserError(
@@ -275,7 +259,7 @@ def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None
     """The modules of the model in a directory, or of ``model=tiny``, on the meta device; None for a
     GGUF file and a hub's name. Raises UserError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust_remote_code = cfg.trust_remote_code
     held = None if cfg.path is None else contents(cfg.path)
@@ -289,7 +273,8 @@ def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None
         if classifier:
             config.num_labels = 1
             return classifier_class(config, trust_remote_code)(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        kind = facts.language_class(config)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def starts_whole(cfg: ModelConfig) -> bool:
@@ -304,7 +289,7 @@ def write_whole(model: Any, tokenizer: Any, directory: str | Path) -> str:
     from which vLLM and every other library starts; returns the directory.
     """
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    facts.save_tokenizer(tokenizer, directory)
     return str(directory)
 
 

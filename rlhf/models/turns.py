@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.models.templates import Chat, TemplateRefusal, rendered
+from rlhf.models.templates import PROCESSOR, Chat, TemplateRefusal, rendered, rendered_short
 from rlhf.models.words import words_of
 from rlhf.types import Message, Tools, UserError
 
@@ -122,6 +122,12 @@ def prompt_text(tokenizer: Any, messages: Chat, tools: Tools | None = None) -> s
     return text + habits(tokenizer).turn.opening
 
 
+def short_prompt_text(tokenizer: Any, messages: Chat, tools: Tools | None = None) -> str:
+    """The same with one image token for each picture. Raises TemplateRefusal."""
+    text = rendered_short(tokenizer, messages, generation_prompt=True, tools=tools)
+    return text + habits(tokenizer).turn.opening
+
+
 def up_to_end(tokenizer: Any, span: list[int]) -> list[int]:
     """`span` up to the end token that it ends with, the first of several; blanks behind it are
     left out. All of it where it ends with none.
@@ -143,6 +149,17 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     ids = ids_of(tokenizer, [text])[0]
     check_rows(tokenizer, ids)
     return ids
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that somebody wrote: one that spells a picture's token is refused. Raises
+    ValueError.
+    """
+    if PROCESSOR in vars(tokenizer):
+        from rlhf.models import pictures
+
+        pictures.check_text(tokenizer, text)
+    return plain_ids(tokenizer, text)
 
 
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -27,6 +27,8 @@ from typing import Any
 
 from rlhf.types import Message, Tools, UserError
 
+# Attribute of a picture model's tokenizer: its processor (rlhf/models/processors.py).
+PROCESSOR = "rlhf_processor"
 NAMES = (
     "chatml",
     "llama-2",
@@ -125,9 +127,31 @@ def as_template_reads(tokenizer: Any, messages: Sequence[Message]) -> list[Any]:
 def rendered(
     tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
 ) -> str:
-    """The text of a conversation under the chat template. Raises TemplateRefusal."""
+    """The text of a conversation under the chat template, each picture as all of its tokens.
+    Raises TemplateRefusal, and RowError for pictures that have no place.
+    """
+    return beginnings_rendered(
+        tokenizer, messages, [len(messages)], generation_prompt=generation_prompt, tools=tools
+    )[0]
+
+
+def rendered_short(
+    tokenizer: Any, messages: Chat, *, generation_prompt: bool, tools: Tools | None = None
+) -> str:
+    """The same with one image token for each picture. Raises as `rendered`."""
     shown = as_template_reads(tokenizer, messages)
+    if _shows_pictures(tokenizer, messages):
+        from rlhf.models import pictures
+
+        shown = pictures.as_parts(tokenizer, shown)
     return _through_template(tokenizer, [shown], generation_prompt, tools)[0]
+
+
+def _shows_pictures(tokenizer: Any, messages: Chat) -> bool:
+    """Whether the model reads pictures, or the conversation holds some."""
+    if PROCESSOR in vars(tokenizer):
+        return True
+    return any(message.get("images") for message in messages)
 
 
 def beginnings_rendered(
@@ -139,13 +163,23 @@ def beginnings_rendered(
     tools: Tools | None = None,
 ) -> list[str]:
     """The texts of several beginnings of a conversation, of `stops` messages each and at least
-    one. Raises TemplateRefusal.
+    one. Raises as `rendered`.
     """
     if not stops:
         return []
     shown = as_template_reads(tokenizer, messages)
+    if not _shows_pictures(tokenizer, messages):
+        chats = [shown[:stop] for stop in stops]
+        return _through_template(tokenizer, chats, generation_prompt, tools)
+    from rlhf.models import pictures
+
+    shown = pictures.as_parts(tokenizer, shown)
     chats = [shown[:stop] for stop in stops]
-    return _through_template(tokenizer, chats, generation_prompt, tools)
+    texts = _through_template(tokenizer, chats, generation_prompt, tools)
+    return [
+        pictures.expanded(tokenizer, text, pictures.pictures_of(messages[:stop]))
+        for text, stop in zip(texts, stops, strict=True)
+    ]
 
 
 def _through_template(
