@@ -248,12 +248,9 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     """Write a tokenizer, with a picture model's processor where it has one."""
-    if PROCESSOR not in vars(tokenizer):
-        tokenizer.save_pretrained(directory)
-        return
-    from rlhf.models.processors import save_processor
-
-    save_processor(tokenizer, directory)
+    tokenizer.save_pretrained(directory)
+    if PROCESSOR in vars(tokenizer):
+        vars(tokenizer)[PROCESSOR].save(tokenizer, directory)
 
 
 def _tokenizer_content(tokenizer: Any) -> str:
@@ -273,15 +270,19 @@ def _tokenizer_content(tokenizer: Any) -> str:
 # ---- the model ----
 
 
+def is_picture_model(config: Any) -> bool:
+    """Whether transformers loads the configuration as a model that reads text and pictures."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    has_part = getattr(config, "vision_config", None) is not None
+    return has_part and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def language_class(config: Any) -> Any:
     """transformers' class that loads a language model of this configuration: one that reads
     pictures too, where that is what it is.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if getattr(config, "vision_config", None) is None:
-        return AutoModelForCausalLM
-    from rlhf.models.processors import is_picture_model
 
     return AutoModelForImageTextToText if is_picture_model(config) else AutoModelForCausalLM
 

@@ -8,150 +8,39 @@ so encoding opens none.
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf.models.facts import is_picture_model
 from rlhf.models.processors import (
     TEXT_KEYS,
     Processor,
-    is_picture_model,
     load_processor,
     processor_of,
-    replacement,
-    save_processor,
     token_types,
 )
+from rlhf.models.templates import pictures_of
 from rlhf.models.turns import ids_of
-from rlhf.types import PICTURE_MARK, Message, Picture, RowError, UserError
+from rlhf.types import Picture, UserError
 
 __all__ = [
     "Processor",
-    "as_parts",
-    "check_text",
     "collapsed",
-    "expanded",
     "is_picture_model",
     "load_processor",
     "opened",
     "picture_inputs",
     "pictures_of",
     "processor_of",
-    "save_processor",
 ]
 _OPENED = 256  # pictures that are kept as pixels
-_WORD = "Zanzibar"  # that no template writes by itself
 
 
-def pictures_of(messages: Iterable[Message]) -> list[Picture]:
-    """The pictures of a conversation, in the order of their places."""
-    return [picture for message in messages for picture in message.get("images") or ()]
-
-
-# ---- in the text ----
-
-
-def as_parts(tokenizer: Any, messages: Sequence[Any]) -> list[Any]:
-    """Messages for a picture model's chat template: one with pictures as a list of parts, texts and
-    pictures in turn. So are texts under a template that writes nothing of texts. Raises RowError.
-    """
-    processor = _needed(tokenizer)
-    return [_parts(tokenizer, processor, number, one) for number, one in enumerate(messages)]
-
-
-def _needed(tokenizer: Any) -> Processor:
-    processor = processor_of(tokenizer)
-    if processor is None:
-        raise RowError(
-            "the conversation holds pictures, but the model reads text alone: give model.path a "
-            "model that reads pictures, or remove the rows that hold some"
-        )
-    return processor
-
-
-def _parts(tokenizer: Any, processor: Processor, number: int, message: Any) -> Any:
-    content, images = message["content"], message.get("images")
-    if not images:
-        if _writes_texts(tokenizer, processor):
-            return message
-        return {**message, "content": [{"type": "text", "text": content}]}
-    texts = content.split(PICTURE_MARK)
-    if len(texts) != len(images) + 1:
-        raise RowError(
-            f"message {number}: its text has {len(texts) - 1} places for pictures, but it holds "
-            f"{len(images)}"
-        )
-    parts: list[dict[str, str]] = []
-    for place, text in enumerate(texts):
-        if place > 0:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    shown = {key: value for key, value in message.items() if key != "images"}
-    return {**shown, "content": parts}
-
-
-def _writes_texts(tokenizer: Any, processor: Processor) -> bool:
-    """Whether the chat template writes a content that is a text, rather than a list of parts."""
-    template = str(tokenizer.chat_template)
-    if template not in processor.writes_texts:
-        chat = [
-            {"role": "user", "content": f"{_WORD} 1"},
-            {"role": "assistant", "content": f"{_WORD} 2"},
-        ]
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
-            found = f"{_WORD} 1" in text and f"{_WORD} 2" in text
-        except Exception:  # a template is a program, and this one was not written for texts
-            found = False
-        processor.writes_texts[template] = found
-    return processor.writes_texts[template]
-
-
-def expanded(tokenizer: Any, text: str, pictures: Sequence[Picture]) -> str:
-    """A rendered text with each image token replaced by its picture's tokens. Raises RowError where
-    it has another number of them.
-    """
-    processor = _needed(tokenizer)
-    pieces = text.split(processor.image_token)
-    _refuse_spelled(processor, pieces)
-    if len(pieces) != len(pictures) + 1:
-        raise RowError(
-            f"the chat template writes {len(pieces) - 1} image tokens ({processor.image_token}) "
-            f"for {len(pictures)} pictures. Expected one for each: a text that spells the token "
-            "counts as one, and some templates have no place for pictures, or none in some roles"
-        )
-    out = [pieces[0]]
-    for picture, piece in zip(pictures, pieces[1:], strict=True):
-        out += [_text_of(processor, picture), piece]
-    return "".join(out)
-
-
-def _text_of(processor: Processor, picture: Picture) -> str:
-    try:
-        return replacement(processor, (picture["width"], picture["height"]))
-    except ValueError as error:
-        raise RowError(
-            f"the picture {picture['path']} ({picture['width']} x {picture['height']} pixels): "
-            f"{error}"
-        ) from error
-
-
-def _refuse_spelled(processor: Processor, texts: Sequence[str]) -> None:
-    for token in processor.reserved:
-        if any(token in text for text in texts):
-            raise RowError(
-                f"the text spells {token!r}, which stands for a picture: remove it, or write it "
-                "otherwise"
-            )
-
-
-def check_text(tokenizer: Any, text: str) -> None:
-    """Raises RowError for a text that spells a token that stands for a picture."""
-    _refuse_spelled(_needed(tokenizer), [text])
+# ---- in the tokens ----
 
 
 def collapsed(processor: Processor, ids: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
@@ -163,7 +52,7 @@ def collapsed(processor: Processor, ids: Sequence[int], pictures: Sequence[Pictu
     out: list[int] = []
     left = list(ids)
     for picture in pictures:
-        own = ids_of(tokenizer, [_text_of(processor, picture)])[0]
+        own = ids_of(tokenizer, [processor.text_of(picture)])[0]
         start = _found(left, own)
         if start is None:
             raise ValueError(f"the tokens of the picture {picture['path']} are not in the prompt")

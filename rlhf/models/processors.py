@@ -7,17 +7,19 @@ too want a video processor, which transformers has with torchvision alone. Video
 so such a processor goes without; what the files say of videos is kept and saved again.
 """
 
+import inspect
 import json
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from rlhf.models.directories import readable
-from rlhf.models.facts import model_file
+from rlhf.models.facts import is_picture_model, model_file
 from rlhf.models.turns import PROCESSOR, ids_of
-from rlhf.types import UserError
+from rlhf.types import PICTURE_MARK, Picture, RowError, UserError
 
 _VIDEO = "video_processor"
 _NEEDED = {"image_processor", "tokenizer", _VIDEO}
@@ -42,8 +44,6 @@ class Processor:
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
     # whether a chat template writes contents that are texts, by template
     writes_texts: dict[str, bool] = field(default_factory=dict)
-    # the processor's own tokenizer is the one that carries this, so it is held loosely there
-    owner: "weakref.ref[Any] | None" = None
 
     def called(self, text: str, images: Sequence[Any], **options: Any) -> Any:
         """What the processor gives for one text with these pictures."""
@@ -54,13 +54,114 @@ class Processor:
         written = json.loads(self.inner.to_json_string())
         return {"class": type(self.inner).__qualname__, "content": written}
 
+    # ---- in the text ----
 
-def is_picture_model(config: Any) -> bool:
-    """Whether transformers loads the configuration as a model that reads text and pictures."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    def as_parts(self, tokenizer: Any, messages: Sequence[Any]) -> list[Any]:
+        """Messages for a picture model's chat template: one with pictures as a list of parts, texts
+        and pictures in turn. So are texts under a template that writes nothing of texts. Raises
+        RowError.
+        """
+        return [self._parts(tokenizer, number, one) for number, one in enumerate(messages)]
 
-    has_vision = getattr(config, "vision_config", None) is not None
-    return has_vision and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    def _parts(self, tokenizer: Any, number: int, message: Any) -> Any:
+        content, images = message["content"], message.get("images")
+        if not images:
+            if self._writes_texts(tokenizer):
+                return message
+            return {**message, "content": [{"type": "text", "text": content}]}
+        texts = content.split(PICTURE_MARK)
+        if len(texts) != len(images) + 1:
+            raise RowError(
+                f"message {number}: its text has {len(texts) - 1} places for pictures, but it "
+                f"holds {len(images)}"
+            )
+        parts: list[dict[str, str]] = []
+        for place, text in enumerate(texts):
+            if place > 0:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+        shown = {key: value for key, value in message.items() if key != "images"}
+        return {**shown, "content": parts}
+
+    def _writes_texts(self, tokenizer: Any) -> bool:
+        """Whether the chat template writes a content that is a text, rather than a list of
+        parts.
+        """
+        template = str(tokenizer.chat_template)
+        if template not in self.writes_texts:
+            self.writes_texts[template] = _writes(tokenizer)
+        return self.writes_texts[template]
+
+    def expanded(self, text: str, pictures: Sequence[Picture]) -> str:
+        """A rendered text with each image token replaced by its picture's tokens. Raises RowError
+        where it has another number of them.
+        """
+        pieces = text.split(self.image_token)
+        for piece in pieces:
+            self.check_text(piece)
+        if len(pieces) != len(pictures) + 1:
+            raise RowError(
+                f"the chat template writes {len(pieces) - 1} image tokens ({self.image_token}) for "
+                f"{len(pictures)} pictures. Expected one for each: a text that spells the token "
+                "counts as one, and some templates have no place for pictures, or none in some "
+                "roles"
+            )
+        out = [pieces[0]]
+        for picture, piece in zip(pictures, pieces[1:], strict=True):
+            out += [self.text_of(picture), piece]
+        return "".join(out)
+
+    def text_of(self, picture: Picture) -> str:
+        """What stands in a text for a picture. Its size alone decides that, so the processor is
+        asked with a blank one, once for each size. Raises RowError.
+        """
+        size = (picture["width"], picture["height"])
+        if size not in self.texts:
+            try:
+                self.texts[size] = _replacement(self, size)
+            except ValueError as error:
+                name = f"{picture['path']} ({size[0]} x {size[1]} pixels)"
+                raise RowError(f"the picture {name}: {error}") from error
+        return self.texts[size]
+
+    def check_text(self, text: str) -> None:
+        """Raises RowError for a text that spells a token that stands for a picture."""
+        for token in self.reserved:
+            if token in text:
+                raise RowError(
+                    f"the text spells {token!r}, which stands for a picture: remove it, or write "
+                    "it otherwise"
+                )
+
+    # ---- saving ----
+
+    def save(self, tokenizer: Any, directory: str | Path) -> None:
+        """Write the processor, with the `tokenizer` that it belongs to."""
+        inner = self.inner
+        inner.chat_template = tokenizer.chat_template
+        inner.save_pretrained(directory)
+        if self.videos is not None:
+            file = Path(directory) / "processor_config.json"
+            written = json.loads(file.read_text(encoding="utf-8"))
+            written[_VIDEO] = self.videos
+            text = json.dumps(written, indent=2, sort_keys=True)
+            file.write_text(text + "\n", encoding="utf-8")
+
+
+def _writes(tokenizer: Any) -> bool:
+    """Whether the template writes the words of contents that are texts."""
+    words = ("Zanzibar", "Quito")  # that no template writes by itself
+    chat = [
+        {"role": "user", "content": words[0]},
+        {"role": "assistant", "content": words[1]},
+    ]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    # a template is a program, and this one may not be written for texts
+    except (TemplateError, LookupError, TypeError, ValueError, AttributeError):
+        return False
+    return all(word in text for word in words)
 
 
 def processor_of(tokenizer: Any) -> Processor | None:
@@ -158,7 +259,7 @@ def _tried(inner: Any, config: Any, tokenizer: Any, path: str) -> Processor:
     with readable(what):
         given = found.called(text, [blank(size) for size in _TRIED], return_tensors="pt")
         ids = given["input_ids"][0].tolist()
-        first, second = (replacement(found, size) for size in _TRIED)
+        first, second = (_replacement(found, size) for size in _TRIED)
     ours = ids_of(tokenizer, [f"See {first} and {second}, well."])[0]
     if ids != ours:
         raise UserError(
@@ -170,7 +271,7 @@ def _tried(inner: Any, config: Any, tokenizer: Any, path: str) -> Processor:
     held = [token, getattr(inner, "video_token", None), *tokenizer.convert_ids_to_tokens(feature)]
     found.reserved = tuple(dict.fromkeys(one for one in held if isinstance(one, str)))
     found.types_key = _types_key(inner, given)
-    if _VIDEO in type(inner).__mro__[1].__init__.__code__.co_varnames:
+    if _VIDEO in inspect.signature(type(inner)).parameters:
         found.videos = _videos(path)
     return found
 
@@ -225,30 +326,9 @@ def blank(size: tuple[int, int]) -> Any:
     return Image.new("RGB", size, "white")
 
 
-def replacement(processor: Processor, size: tuple[int, int]) -> str:
-    """What stands in a text for a picture of this width and height. Its size alone decides that, so
-    the processor is asked with a blank one, once for each size. Raises ValueError.
-    """
-    if size not in processor.texts:
-        given = processor.called(
-            processor.image_token, [blank(size)], return_text_replacement_offsets=True
-        )
-        processor.texts[size] = str(given["text_replacement_offsets"][0][0]["replacement"])
-    return processor.texts[size]
-
-
-# ---- saving ----
-
-
-def save_processor(tokenizer: Any, directory: str | Path) -> None:
-    """Write the processor of a picture model's tokenizer, and the tokenizer itself."""
-    processor = processor_of(tokenizer)
-    assert processor is not None, "only a picture model has a processor"
-    inner = processor.inner
-    inner.chat_template = tokenizer.chat_template
-    inner.save_pretrained(directory)
-    if processor.videos is not None:
-        file = Path(directory) / "processor_config.json"
-        written = json.loads(file.read_text(encoding="utf-8"))
-        written[_VIDEO] = processor.videos
-        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _replacement(processor: Processor, size: tuple[int, int]) -> str:
+    """What the processor writes for a picture of a width and height. Raises ValueError."""
+    given = processor.called(
+        processor.image_token, [blank(size)], return_text_replacement_offsets=True
+    )
+    return str(given["text_replacement_offsets"][0][0]["replacement"])

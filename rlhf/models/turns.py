@@ -156,9 +156,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     ValueError.
     """
     if PROCESSOR in vars(tokenizer):
-        from rlhf.models import pictures
-
-        pictures.check_text(tokenizer, text)
+        vars(tokenizer)[PROCESSOR].check_text(text)
     return plain_ids(tokenizer, text)
 
 

@@ -120,7 +120,7 @@ def test_a_prompt_with_one_token_for_each_picture(
         assert short.count(place) == len(held)
         assert pictures.collapsed(processor, prompt_ids(tokenizer, chat[:-1]), held) == short
     wrong = prompt_ids(tokenizer, chats(shown)[1][:-1])
-    with pytest.raises(ValueError, match="2.png"):
+    with pytest.raises(ValueError, match=r"2\.png"):
         pictures.collapsed(processor, wrong, [shown[0], shown[2]])
 
 

@@ -25,7 +25,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rlhf.types import Message, Tools, UserError
+from rlhf.types import Message, Picture, RowError, Tools, UserError
 
 # Attribute of a picture model's tokenizer: its processor (rlhf/models/processors.py).
 PROCESSOR = "rlhf_processor"
@@ -140,18 +140,26 @@ def rendered_short(
 ) -> str:
     """The same with one image token for each picture. Raises as `rendered`."""
     shown = as_template_reads(tokenizer, messages)
-    if _shows_pictures(tokenizer, messages):
-        from rlhf.models import pictures
-
-        shown = pictures.as_parts(tokenizer, shown)
+    processor = _processor_of(tokenizer, messages)
+    if processor is not None:
+        shown = processor.as_parts(tokenizer, shown)
     return _through_template(tokenizer, [shown], generation_prompt, tools)[0]
 
 
-def _shows_pictures(tokenizer: Any, messages: Chat) -> bool:
-    """Whether the model reads pictures, or the conversation holds some."""
-    if PROCESSOR in vars(tokenizer):
-        return True
-    return any(message.get("images") for message in messages)
+def _processor_of(tokenizer: Any, messages: Chat) -> Any | None:
+    """The processor of a picture model. Raises RowError for pictures where the model reads none."""
+    processor = vars(tokenizer).get(PROCESSOR)
+    if processor is None and any(message.get("images") for message in messages):
+        raise RowError(
+            "the conversation holds pictures, but the model reads text alone: give model.path a "
+            "model that reads pictures, or leave out the rows that hold some"
+        )
+    return processor
+
+
+def pictures_of(messages: Chat) -> list[Picture]:
+    """The pictures of a conversation, in the order of their places."""
+    return [picture for message in messages for picture in message.get("images") or ()]
 
 
 def beginnings_rendered(
@@ -168,16 +176,15 @@ def beginnings_rendered(
     if not stops:
         return []
     shown = as_template_reads(tokenizer, messages)
-    if not _shows_pictures(tokenizer, messages):
-        chats = [shown[:stop] for stop in stops]
-        return _through_template(tokenizer, chats, generation_prompt, tools)
-    from rlhf.models import pictures
-
-    shown = pictures.as_parts(tokenizer, shown)
+    processor = _processor_of(tokenizer, messages)
+    if processor is not None:
+        shown = processor.as_parts(tokenizer, shown)
     chats = [shown[:stop] for stop in stops]
     texts = _through_template(tokenizer, chats, generation_prompt, tools)
+    if processor is None:
+        return texts
     return [
-        pictures.expanded(tokenizer, text, pictures.pictures_of(messages[:stop]))
+        processor.expanded(text, pictures_of(messages[:stop]))
         for text, stop in zip(texts, stops, strict=True)
     ]
 
