@@ -4,12 +4,15 @@ token-level losses.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rlhf.types import Picture
 
 # What a pass costs beside its tokens, in tokens: weights are read, kernels started. A guess between
 # a small model on a CPU, where it is less, and ZeRO-3, where each pass gathers the weights.
@@ -75,6 +78,21 @@ def _divisible_size(rows: Sequence[int], lengths: Sequence[int]) -> int:
     return len(rows) * lengths[rows[0]]
 
 
+RowPictures = tuple[Picture, ...]  # of one row, in the order of their tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The pictures that the rows of a batch show, as files: each pass opens those of its own rows,
+    so that pixels never exist for a whole batch.
+    """
+
+    rows: tuple[RowPictures, ...]  # [B]
+    # The model's arguments for rows of pictures and their token ids [B, L], on the host
+    # (rlhf.models.pictures.picture_inputs).
+    inputs: Callable[[Sequence[RowPictures], Tensor], dict[str, Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """B prompts with their responses. L is the longest prompt + response, T the longest response;
@@ -91,11 +109,22 @@ class Batch:
     positions: Tensor
     lengths: Tensor  # [B] long, on the host: tokens of prompt + response
     prompt_lengths: Tensor  # [B] long, on the host
+    pictures: Pictures | None = None  # None: a model of text
 
     @property
     def response_lengths(self) -> Tensor:
         """[B] long: tokens of the response, whoever wrote them."""
         return self.lengths - self.prompt_lengths
+
+    def seen(self) -> dict[str, Any]:
+        """What a module of `policy.model` gets beside tokens: `pictures`, opened now and on the
+        tokens' device; nothing for a model of text.
+        """
+        if self.pictures is None:
+            return {}
+        device = self.input_ids.device
+        inputs = self.pictures.inputs(self.pictures.rows, self.input_ids.cpu())
+        return {"pictures": {name: tensor.to(device) for name, tensor in inputs.items()}}
 
     def select(self, rows: Sequence[int]) -> "Batch":
         """These rows in this order, without the columns that hold only padding: L and T shrink to
@@ -108,6 +137,9 @@ class Batch:
         index = index.to(self.input_ids.device)
         wide = int(lengths.max()) if len(index) else 0
         tall = int((lengths - prompt_lengths).max()) if len(index) else 0
+        pictures = self.pictures
+        if pictures is not None:
+            pictures = replace(pictures, rows=tuple(pictures.rows[row] for row in rows))
         return Batch(
             input_ids=self.input_ids[index, :wide],
             response_ids=self.response_ids[index, :tall],
@@ -115,10 +147,11 @@ class Batch:
             positions=self.positions[index, :tall],
             lengths=lengths,
             prompt_lengths=prompt_lengths,
+            pictures=pictures,
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """On a device, but for the lengths."""
+        """On a device, but for the lengths and the pictures."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -222,7 +255,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 #
 # The prompt p is computed once; a sees p and a; b sees p and b, not a. A row of a group's k
 # responses has P + sum T tokens instead of sum (P + T). Attention over the longer row costs more,
-# so a large group is cut where that outweighs the prompt (`pack_groups`).
+# so a large group is cut where that outweighs the prompt (`policy.forward.pack_groups`).
 
 
 def rows_by_group(groups: Sequence[int]) -> list[list[int]]:
@@ -248,84 +281,6 @@ class Packed:
     # `policy.model.attend_by_segments`, [G, 1, 1, S] long on the host: how many tokens the prompt
     # has and each of its responses, 0 where a pack has fewer
     attention_mask: Tensor
-
-
-def pack_groups(
-    groups: Sequence[int],
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[int],
-    *,
-    hidden_size: int,
-    budget: int,
-    longest_dense: int | None = None,
-) -> list[list[int]]:
-    """Row numbers in packs of equal `groups`, each group in equally large packs of the size that
-    costs least among those of at most `budget` tokens. A row that is longer stands alone.
-
-    A token costs about 24 H^2 multiplications per layer in the projections and 2 K H in the
-    attention to K tokens, so L tokens cost L (1 + K / (12 H)) units. With a dense mask K is the
-    length of the pack; in packs above `longest_dense` tokens it is what a segment sees. `groups`,
-    lengths: [B]; responses and prompts in tokens, H = `hidden_size`.
-    """
-    packs: list[list[int]] = []
-    for rows in rows_by_group(groups):
-        rows.sort(key=lambda row: (-response_lengths[row], row))
-        prompt = prompt_lengths[rows[0]]
-        options = _within(_equal_parts(rows), budget, prompt_lengths, response_lengths)
-        costs = [
-            _cost(parts, prompt, response_lengths, hidden_size, longest_dense) for parts in options
-        ]
-        packs += options[costs.index(min(costs))]
-    return packs
-
-
-def _equal_parts(rows: list[int]) -> list[list[list[int]]]:
-    """`rows`, longest first, as 1, 2, 4, ... packs of nearly equal size, each with long and short
-    responses; the last option is a pack for each row.
-    """
-    options = []
-    count = 1
-    while count < len(rows):
-        options.append([rows[start::count] for start in range(count)])
-        count *= 2
-    options.append([[row] for row in rows])
-    return options
-
-
-def _within(
-    options: list[list[list[int]]],
-    budget: int,
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[int],
-) -> list[list[list[int]]]:
-    """The options whose packs all have at most `budget` tokens; the last one, of single rows, where
-    none has.
-    """
-    fitting = []
-    for parts in options:
-        longest = max(pack_length(part, prompt_lengths, response_lengths) for part in parts)
-        if longest <= budget:
-            fitting.append(parts)
-    return fitting or options[-1:]
-
-
-def _cost(
-    parts: list[list[int]],
-    prompt: int,
-    response_lengths: Sequence[int],
-    hidden_size: int,
-    longest_dense: int | None,
-) -> float:
-    """What the packs of one group cost, in the units of `pack_groups`; `prompt` in tokens."""
-    cost = 0.0
-    for part in parts:
-        responses = [response_lengths[row] for row in part]
-        size = prompt + sum(responses)
-        pairs = size * size
-        if longest_dense is not None and size > longest_dense:
-            pairs = prompt * prompt + sum(length * (prompt + length) for length in responses)
-        cost += size + pairs / (12.0 * hidden_size)
-    return cost
 
 
 def pack_length(

@@ -1,5 +1,5 @@
-"""From a policy's last hidden states to its logits, as the model's own forward does it, and on to
-the log-probabilities of chosen tokens, without ever holding all logits.
+"""From a policy's rows to its last hidden states, on to its logits, as the model's own forward does
+it, and to the log-probabilities of chosen tokens, without ever holding all logits.
 
 Many families do more than call their head: they scale the hidden states or the logits (Cohere,
 Granite, MiniCPM3, Falcon-H1), cap them (Gemma 2, RecurrentGemma), or have several layers (BERT). No
@@ -7,7 +7,7 @@ list of names is kept: the model's own forward runs with its backbone stood in f
 states that are given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,34 @@ Head = Callable[[Tensor], Tensor]  # hidden states [n, H] -> logits [n, V]
 _ROWS = 64  # at a time, so that what is read again is still in the cache
 # log p where p is 0, so that p log p is 0: 0 times infinity is NaN
 _LOWEST = torch.finfo(torch.float32).min
+
+# ---- last hidden states ----
+
+
+def last_hidden(
+    lm: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    pictures: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Last hidden states [B, L, H]. Without positions the last column is left out (L - 1): the last
+    token of a response predicts nothing. `pictures`: the model's arguments for those of its rows,
+    some of which have a column for each of `input_ids`.
+    """
+    backbone = getattr(lm, backbone_name(lm))
+    if pictures is not None:
+        return backbone(input_ids=input_ids, use_cache=False, **pictures).last_hidden_state
+    if position_ids is None:
+        kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
+        return backbone(input_ids=kept, use_cache=False).last_hidden_state
+    return backbone(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+    ).last_hidden_state
+
 
 # ---- logits ----
 

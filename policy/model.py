@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from policy.logprobs import has_plain_head, head_of, outside_backbone, selected_logprobs
-from rlhf.models.parts import backbone_name
+from policy.logprobs import (
+    has_plain_head,
+    head_of,
+    last_hidden,
+    outside_backbone,
+    selected_logprobs,
+)
 from rlhf.process import distributed
 
 # Our name for attention by segments among transformers' implementations.
@@ -70,16 +75,19 @@ class PolicyModule(nn.Module):
         owner: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`input_ids` [B, L]; `positions`, `response_ids`, `response_mask` [B, T] -> logprobs,
         entropy, both [B, T] float32 nats (0 where masked).
 
         With prompts shared, `input_ids` are [G, L] packs and `owner`, `position_ids`,
         `attention_mask` those of `policy.batching.Packed`. `position_ids` alone: the columns of
-        `input_ids` are some of their rows'.
+        `input_ids` are some of their rows'. `pictures`: the model's own arguments for those of the
+        rows (`policy.batching.Batch.seen`).
         """
         lm = base_of(self.model)
-        hidden = _hidden(lm, input_ids, position_ids, attention_mask)  # [B, L, H], or [G, L, H]
+        # [B, L, H], or [G, L, H]
+        hidden = last_hidden(lm, input_ids, position_ids, attention_mask, pictures)
         where = response_mask.nonzero(as_tuple=True)  # the one wait for the device in a pass
         rows = where[0] if owner is None else owner[where[0]]
         picked = hidden[rows, positions[where]]  # [N, H]
@@ -100,27 +108,6 @@ class PolicyModule(nn.Module):
         logprobs = zeros.masked_scatter(response_mask, flat_logprobs[:tokens])
         entropy = zeros.masked_scatter(response_mask, flat_entropy[:tokens])
         return logprobs, entropy
-
-
-def _hidden(
-    lm: Any,
-    input_ids: Tensor,
-    position_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> Tensor:
-    """Last hidden states [B, L, H]. Without positions the last column is left out (L - 1): the last
-    token of a response predicts nothing.
-    """
-    backbone = getattr(lm, backbone_name(lm))
-    if position_ids is None:
-        kept = input_ids[:, : max(input_ids.shape[1] - 1, 1)]
-        return backbone(input_ids=kept, use_cache=False).last_hidden_state
-    return backbone(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-    ).last_hidden_state
 
 
 # ---- attention in rows that share a prompt ----
@@ -224,13 +211,17 @@ class CriticModule(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        position_ids: Tensor | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """`input_ids` [B, L], `positions` [B, T] -> values [B, T] float32, in units of the score;
-        `position_ids` as a policy's.
+        `position_ids` and `pictures` as a policy's.
         """
         lm = base_of(self.model)
-        hidden = _hidden(lm, input_ids, position_ids)  # [B, L, H]
+        hidden = last_hidden(lm, input_ids, position_ids, pictures=pictures)  # [B, L, H]
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
         return lm.score(hidden[rows, positions]).squeeze(-1).float()
 

@@ -320,7 +320,7 @@ class OptimizerStep:
         critic, batch, stage = self.models.critic, self.batch, self.stage
         part = batch.tokens.select(rows)
         mask = self._train_mask(rows, part.response_mask, spare=spare)
-        values = critic(part.input_ids, part.positions)
+        values = critic(part.input_ids, part.positions, **part.seen())
         width = values.shape[1]
         loss, clipped = value_loss(
             values,

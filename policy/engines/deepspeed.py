@@ -113,8 +113,8 @@ class DeepSpeedEngine:
         )
         self.module = module
 
-    def __call__(self, *args: Tensor) -> Any:
-        return self.engine(*args)
+    def __call__(self, *args: Tensor, **named: Any) -> Any:
+        return self.engine(*args, **named)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradient; `last` marks the last micro-batch before `step`. Collective

@@ -75,8 +75,8 @@ class TorchEngine:
         if self.rates.every is not None:
             self.rates.hold(self.rates.phase(self.steps))
 
-    def __call__(self, *args: Tensor) -> Any:
-        return self.module(*args)
+    def __call__(self, *args: Tensor, **named: Any) -> Any:
+        return self.module(*args, **named)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradient; `last` marks the last micro-batch before `step` (which only

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from policy.adapters import enable_checkpointing
 from policy.agreement import can_share_prompts
-from policy.batching import Batch, collate, pack, pack_groups, pack_length
-from policy.forward import Layout, plan_passes
+from policy.batching import Batch, collate, pack, pack_length
+from policy.forward import Layout, pack_groups, plan_passes
 from policy.model import PolicyModule, take_segments, turn_off_dropout
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3], [4, 5]]
