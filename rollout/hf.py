@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.encoding import is_chat
+from rlhf.models.templates import PROCESSOR
 from rlhf.models.turns import end_ids, response_text
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
 from rollout.sampling import (
@@ -192,12 +193,25 @@ class HFGenerator:
             attention_mask=mask.to(self._device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([chooser]),
+            **self._pictures(rows, ids),
         )
         responses = written[:, ids.shape[1] :].tolist()
         logprobs = torch.stack(chooser.logprobs, dim=1).tolist()  # [B, T]
         return [
             self._rollout(prompt, responses[i], logprobs[i]) for i, (prompt, _) in enumerate(rows)
         ]
+
+    def _pictures(self, rows: Sequence[tuple[Prompt, int]], ids: Tensor) -> dict[str, Tensor]:
+        """The model's arguments for the pictures of rows with these token ids [B, P]; none for a
+        model of text.
+        """
+        processor = vars(self._tokenizer).get(PROCESSOR)
+        if processor is None:
+            return {}
+        from rlhf.models.pictures import picture_inputs
+
+        inputs = picture_inputs(processor, [prompt.images for prompt, _ in rows], ids)
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
     def _rollout(self, prompt: Prompt, token_ids: list[int], logprobs: list[float]) -> Rollout:
         """One row of the batch, cut at its prompt's limit and after the token that ends it; what

@@ -4,9 +4,11 @@ What is drawn is a function of the number of draws since the run began (rlhf/onl
 resumed run draws what an uninterrupted one would.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,10 +16,11 @@ from conf.choices import Advantage, Selection
 from conf.reward import TurnCredit
 from conf.stages import OnlineStage
 from policy.advantages import group_index, select, unequal_groups
-from policy.batching import collate
+from policy.batching import Pictures, collate
 from policy.forward import Pair
 from policy.prepare import TrainBatch
 from reward.scorers.computed import band_score
+from rlhf.models.templates import PROCESSOR
 from rlhf.online.ahead import Place, Writer
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
@@ -138,15 +141,16 @@ class Collector:
         collected.seconds = self.writer.spent()
         return collected
 
-    def batch(self, collected: Collected, pad_id: int, version: int | None) -> TrainBatch:
+    def batch(self, collected: Collected, tokenizer: Any, version: int | None) -> TrainBatch:
         """`train_batch` of what this collected, as the stage's options say."""
         by_turns = self.stage.turn_credit is TurnCredit.turn
         return train_batch(
             collected,
-            pad_id,
+            tokenizer.pad_token_id,
             mask_truncated=self.stage.mask_truncated,
             version=version,
             turn_weight=self.turn_weight if by_turns else None,
+            processor=vars(tokenizer).get(PROCESSOR),
         )
 
     def _draw(self, place: Place, score: Score, phase: Phase) -> Draw:
@@ -244,6 +248,7 @@ def train_batch(
     mask_truncated: bool,
     version: int | None = None,
     turn_weight: float | None = None,
+    processor: Any = None,
 ) -> TrainBatch:
     """The rows that train as tensors on this rank's device. A rank without any holds one row that
     does not train, for the collectives that the others take part in.
@@ -251,6 +256,7 @@ def train_batch(
     `mask_truncated`: responses that a limit ended do not train. `version`: of the weights
     that train, where some of them may be newer than what wrote the responses. `turn_weight`: what
     an environment's reward counts in a score, where each stands at the end of its turn.
+    `processor`: of a picture model (rlhf.models.pictures), whose rows get their pictures.
     """
     device = distributed.device()
     rows = collected.rows or [0]
@@ -263,6 +269,8 @@ def train_batch(
         device,
         [r.written for r in rollouts],
     )
+    if processor is not None:
+        tokens = replace(tokens, pictures=_pictures(rollouts, processor))
     sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
@@ -281,6 +289,14 @@ def train_batch(
         turns=_turn_numbers(rollouts, tokens.response_mask),
         turn_rewards=_turn_rewards(rollouts, tokens.response_mask, turn_weight),
     )
+
+
+def _pictures(rollouts: Sequence[Rollout], processor: Any) -> Pictures:
+    """What the rows of these responses show."""
+    from rlhf.models.pictures import picture_inputs
+
+    rows = tuple(rollout.prompt.images for rollout in rollouts)
+    return Pictures(rows, functools.partial(picture_inputs, processor))
 
 
 def _check_beginnings(rollouts: Sequence[Rollout], groups: Sequence[int]) -> None:

@@ -281,7 +281,7 @@ class Loop:
     def _prepare(self, collected: Collected, step: int) -> TrainBatch:
         parts, stage = self.parts, self.stage
         version = step if stage.ahead else None
-        batch = self.collector.batch(collected, parts.tokenizer.pad_token_id, version)
+        batch = self.collector.batch(collected, parts.tokenizer, version)
         rows = collected.rows or [0]
         return prepare(
             batch,
