@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from conf.schema import EngineConfig
 from policy.batching import collate
 from policy.forward import ADAPTER, Layout, Models, module_of, policy_logprobs
-from policy.model import LONGEST_DENSE, base_of, take_segments
+from policy.model import LONGEST_DENSE, base_of, reads_pictures, take_segments
 from rlhf.process.libraries import first_line
 from rlhf.types import UserError
 
@@ -74,8 +74,11 @@ def check_agreement(model: Any, budget: int, key: str = "model.path") -> None:
 
 def can_share_prompts(model: Any) -> bool:
     """Whether the model takes a mask of ours: full causal attention in every layer, positions by
-    id, sdpa (eager attention would add the mask).
+    id, sdpa (eager attention would add the mask). One that reads pictures has its own ideas of
+    masks and positions, and gets rows of their own.
     """
+    if reads_pictures(model):
+        return False
     config = model.config.get_text_config()
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return False

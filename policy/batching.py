@@ -204,6 +204,17 @@ def collate(
     return batch if device is None else batch.to(device)
 
 
+def without_tokens(
+    rows: Sequence[list[int]], tokens: Sequence[int], pad_id: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Rows of token ids with `pad_id` in place of `tokens`; and of each whether it held none."""
+    out, clean = [], []
+    for row in rows:
+        clean.append(not any(token in tokens for token in row))
+        out.append(row if clean[-1] else [pad_id if token in tokens else token for token in row])
+    return out, clean
+
+
 def _written_mask(
     written: Sequence[Sequence[bool]], response_ids: Sequence[Sequence[int]]
 ) -> Tensor:

@@ -50,6 +50,11 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def reads_pictures(model: Any) -> bool:
+    """Whether a transformers model has a part for pictures."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
 class PolicyModule(nn.Module):
     """A causal language model that returns logprobs and entropies of given response tokens only.
 

@@ -192,13 +192,14 @@ def _hub_names(config: Any, trust_remote_code: bool) -> Any:
     loaded. Raises UserError for one that transformers can't build a model from.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from rlhf.models.facts import language_class
     from rollout.weights import HubNames
 
+    kind = language_class(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise UserError(
             f"rollout=vllm: the names of {config.model_type}'s weights can't be known from its "

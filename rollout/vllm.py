@@ -11,11 +11,19 @@ import torch
 
 from conf.schema import RolloutConfig
 from rlhf.models.encoding import is_chat
+from rlhf.models.templates import PROCESSOR
 from rlhf.models.turns import end_ids, response_text
-from rlhf.process import distributed
 from rlhf.process.libraries import first_line
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
-from rollout.sampling import Sampling, check_prompts, fresh_seed, response_seeds
+from rollout.sampling import (
+    Sampling,
+    check_prompts,
+    check_read,
+    device_options,
+    fresh_seed,
+    picture_request,
+    response_seeds,
+)
 from rollout.vllm_private import (
     QUIET,
     Streamed,
@@ -33,10 +41,6 @@ from rollout.vllm_private import (
 )
 from rollout.weights import AdapterFiles, HubNames, Incoming, Spec, readable_checksums
 
-# tokens per KV block on a CPU: only whole blocks of a prompt are shared, and vLLM's own 128 is
-# longer than most prompts
-_CPU_BLOCK = 32
-_CPU_BATCH = 4096  # tokens of a pass, vLLM's own default
 Rows = Sequence[Sequence[int]]  # of token ids
 
 
@@ -48,33 +52,6 @@ def takes_loras(architecture: str) -> bool:
 
         model = ModelRegistry.models.get(architecture)
         return model is not None and supports_lora(model.load_model_cls())
-
-
-def device_options(cfg: RolloutConfig, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
-    """An engine's options that depend on the device of this rank."""
-    if not torch.cuda.is_available():
-        # Eager: compiling a model of 1M parameters takes 20 to 40 s at the start and saves 1.5 ms
-        # of a 15 ms step (64 sequences, 2 cores).
-        options: dict[str, Any] = {
-            "kv_cache_memory_bytes": int(cfg.kv_cache_gib * 2**30),
-            "enforce_eager": True,
-            "block_size": _CPU_BLOCK,
-            "enable_chunked_prefill": False,  # with seeds vLLM's sampler can't on a CPU
-            "max_num_batched_tokens": max(_CPU_BATCH, max_tokens),
-        }
-        if dtype is torch.float32:
-            # Of latent attention only: on processors with AMX vLLM would take a backend that has
-            # bfloat16 alone.
-            options["attention_backend"] = "CPU_MLA"
-        return options
-    options = {
-        "gpu_memory_utilization": cfg.gpu_memory_utilization,
-        "enforce_eager": cfg.enforce_eager,
-    }
-    if distributed.world_size() > 1:
-        # each rank's engine on its own device; else all take the first
-        options["distributed_executor_backend"] = "external_launcher"
-    return options
 
 
 class VLLMGenerator:
@@ -109,6 +86,7 @@ class VLLMGenerator:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
         self._dtype = dtype
+        self._reads_pictures = PROCESSOR in vars(tokenizer)
         self._names = names
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in names.specs.items()}
         self._adapter: AdapterFiles | None = None
@@ -124,12 +102,14 @@ class VLLMGenerator:
                 logging.getLogger(name).addFilter(errors_only)
             options = device_options(cfg, dtype, max_tokens + ahead)
             options["enable_prompt_embeds"] = ahead > 0
+            options["skip_tokenizer_init"] = True  # token ids in, token ids out
+            if self._reads_pictures:  # vLLM's own processor writes their tokens
+                options |= {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             with kept_apart(transformers_backend) as classes, self._told(names.family):
                 self._llm = LLM(
                     model_path,
-                    skip_tokenizer_init=True,  # token ids in, token ids out
                     trust_remote_code=trust_remote_code,
                     dtype=str(dtype).removeprefix("torch."),
                     max_model_len=max_tokens + ahead,
@@ -223,13 +203,21 @@ class VLLMGenerator:
         check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
-        requests = [self._request(prompt.token_ids) for prompt in owners]
+        requests = [self._asked(prompt) for prompt in owners]
         seeds = response_seeds(seed, prompts, n)
         params = [self._params(*drawn, greedy) for drawn in zip(seeds, owners, strict=True)]
         outputs = self._llm.generate(requests, params, use_tqdm=False, lora_request=self._lora)
+        for prompt, output in zip(owners, outputs, strict=True):
+            if prompt.images:
+                check_read(prompt, output.prompt_token_ids, self._names.family)
         written = [output.outputs[0] for output in outputs]
         self.rest()
         return [self._rollout(prompt, w) for prompt, w in zip(owners, written, strict=True)]
+
+    def _asked(self, prompt: Prompt) -> dict[str, Any]:
+        if prompt.images:
+            return picture_request(self._tokenizer, prompt)
+        return self._request(prompt.token_ids)
 
     def _request(self, token_ids: Sequence[int]) -> dict[str, Any]:
         return {"prompt_token_ids": list(token_ids)}
@@ -315,6 +303,8 @@ class VLLMGenerator:
             incoming.finish(version)
             self.sent = incoming.checksums
         self._wake()
+        if self._reads_pictures:  # what the old weights made of them
+            self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
             raise SyncError(
                 f"weight sync {version}: vLLM did not drop the prefixes that it computed with "

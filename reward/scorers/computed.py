@@ -73,8 +73,9 @@ class FunctionScorer(Stateless):
 
     Prompts are those of the rows (strings or messages). Completions are strings, or ``[{"role":
     "assistant", ...}]`` where the prompt is messages. An episode's alternate with the answers of
-    its environment, which `completion_ids` hold too; its turns come as `turns`. Columns are the
-    rows' other fields, None where a row lacks a field that others have. A function without
+    its environment, which `completion_ids` hold too; its turns come as `turns`. What prompts show
+    comes as `images`: of each its pictures (path, sha256, width, height). Columns are the rows'
+    other fields, None where a row lacks a field that others have. A function without
     ``**kwargs`` gets the arguments that it names.
     """
 
@@ -120,6 +121,8 @@ class FunctionScorer(Stateless):
         }
         if any(r.turns for r in rollouts):
             given["turns"] = [r.turns for r in rollouts]
+        if any(r.prompt.images for r in rollouts):
+            given["images"] = [list(r.prompt.images) for r in rollouts]
         for column in dict.fromkeys(key for r in rollouts for key in r.prompt.fields):
             given.setdefault(column, [r.prompt.fields.get(column) for r in rollouts])
         return given

@@ -10,7 +10,7 @@ from conf.reward import EnvironmentKind, RewardConfig
 from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer
-from rlhf.models.templates import template_text
+from rlhf.models.templates import PROCESSOR, template_text
 from rlhf.process.files import json_object
 from rlhf.types import UserError
 
@@ -84,6 +84,39 @@ def policy_tokenizer(model: ModelConfig, chat_template: str | None) -> Any:
     if not Path(model.path).expanduser().is_dir():
         return None
     return load_tokenizer(model, chat_template)
+
+
+def check_pictures(
+    path: str | None,
+    tokenizer: Any,
+    rollout: RolloutConfig,
+    environment: EnvironmentKind,
+    scoring: Iterable[tuple[str, str | None]],
+) -> bool:
+    """Whether the policy of `path` reads pictures; `tokenizer` is its own, None where it is not on
+    the disk. Raises UserError for what such a policy can't be combined with, by name. `scoring`:
+    options and directories of reward models.
+    """
+    if tokenizer is None or PROCESSOR not in vars(tokenizer):
+        return False
+    reads = f"the policy {path} reads pictures"
+    if environment is not EnvironmentKind.none:
+        raise UserError(
+            f"environment={environment.value}: {reads}, and an episode's turns are joined as texts "
+            "alone. Set environment=none."
+        )
+    if rollout.backend is RolloutBackend.server:
+        raise UserError(
+            f"rollout={rollout.backend.value}: {reads}, and requests to a server hold texts alone. "
+            "Set rollout=vllm, or rollout=hf."
+        )
+    for key, held in scoring:
+        if held is not None:
+            raise UserError(
+                f"{key}={held}: {reads}, and a reward model scores the texts alone. Score with a "
+                "verifier, or with a function, which gets the pictures as `images`."
+            )
+    return True
 
 
 def padding_note(path: str | None, tokenizer: Any) -> list[str]:

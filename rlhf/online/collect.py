@@ -5,6 +5,7 @@ resumed run draws what an uninterrupted one would.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from conf.choices import Advantage, Selection
 from conf.reward import TurnCredit
 from conf.stages import OnlineStage
 from policy.advantages import group_index, select, unequal_groups
-from policy.batching import Pictures, collate
+from policy.batching import Batch, Pictures, collate, without_tokens
 from policy.forward import Pair
 from policy.prepare import TrainBatch
 from reward.scorers.computed import band_score
@@ -26,6 +27,8 @@ from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
 from rlhf.types import Prompt, Rollout, Scores, UserError
 
+LOG = logging.getLogger(__name__)
+_PROVING = 8  # prompts
 Phase = Callable[[str], AbstractContextManager[None]]  # rlhf.process.supervision.Clock.phase
 Score = Callable[[list[Rollout]], Scores]
 
@@ -256,21 +259,14 @@ def train_batch(
     `mask_truncated`: responses that a limit ended do not train. `version`: of the weights
     that train, where some of them may be newer than what wrote the responses. `turn_weight`: what
     an environment's reward counts in a score, where each stands at the end of its turn.
-    `processor`: of a picture model (rlhf.models.pictures), whose rows get their pictures.
+    `processor`: of a picture model (rlhf.models.pictures), whose rows get their pictures. A
+    response that holds the token of a picture does not train: the model would look for one more.
     """
     device = distributed.device()
     rows = collected.rows or [0]
     rollouts = [collected.rollouts[row] for row in rows]
     _check_beginnings(rollouts, [collected.groups[row] for row in rows])
-    tokens = collate(
-        [r.prompt.token_ids for r in rollouts],
-        [r.token_ids for r in rollouts],
-        pad_id,
-        device,
-        [r.written for r in rollouts],
-    )
-    if processor is not None:
-        tokens = replace(tokens, pictures=_pictures(rollouts, processor))
+    tokens, fit = tokens_of(rollouts, pad_id, processor)
     sampled = torch.zeros(tokens.response_mask.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         sampled[row, : len(rollout.rollout_logprobs)] = torch.tensor(rollout.rollout_logprobs)
@@ -278,7 +274,8 @@ def train_batch(
     if version is not None:
         staleness = _staleness(rollouts, version, tokens.response_mask).to(device)
     trains = bool(collected.rows)
-    keep = [trains and not (mask_truncated and r.truncated) for r in rollouts]
+    cut = [mask_truncated and r.truncated for r in rollouts]
+    keep = [trains and fits and not short for fits, short in zip(fit, cut, strict=True)]
     return TrainBatch(
         tokens=tokens,
         keep=torch.tensor(keep, device=device),
@@ -291,12 +288,44 @@ def train_batch(
     )
 
 
-def _pictures(rollouts: Sequence[Rollout], processor: Any) -> Pictures:
-    """What the rows of these responses show."""
+def tokens_of(
+    rollouts: Sequence[Rollout], pad_id: int, processor: Any = None
+) -> tuple[Batch, list[bool]]:
+    """Responses as rows on this rank's device, with their pictures where a `processor` reads some;
+    and of each whether the model can read it as it was written.
+    """
+    shown = () if processor is None else processor.feature_ids
+    responses, fit = without_tokens([r.token_ids for r in rollouts], shown, pad_id)
+    if not all(fit):
+        LOG.warning(
+            "%d of %d responses hold the token of a picture, which the policy wrote: they don't "
+            "train.",
+            fit.count(False),
+            len(fit),
+        )
+    prompts, written = [r.prompt.token_ids for r in rollouts], [r.written for r in rollouts]
+    tokens = collate(prompts, responses, pad_id, distributed.device(), written)
+    if processor is None:
+        return tokens, fit
     from rlhf.models.pictures import picture_inputs
 
     rows = tuple(rollout.prompt.images for rollout in rollouts)
-    return Pictures(rows, functools.partial(picture_inputs, processor))
+    pictures = Pictures(rows, functools.partial(picture_inputs, processor))
+    return replace(tokens, pictures=pictures), fit
+
+
+def in_words(prompts: Sequence[Prompt], tokenizer: Any) -> Sequence[Prompt]:
+    """Some of `prompts` without their pictures, for a picture model; all as they are for another.
+    Syncs of weights are proved with texts.
+    """
+    processor = vars(tokenizer).get(PROCESSOR)
+    if processor is None:
+        return prompts
+    out = []
+    for prompt in prompts[:_PROVING]:
+        ids = [token for token in prompt.token_ids if token not in processor.feature_ids]
+        out.append(replace(prompt, token_ids=tuple(ids), images=()))
+    return out
 
 
 def _check_beginnings(rollouts: Sequence[Rollout], groups: Sequence[int]) -> None:

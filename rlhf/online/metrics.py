@@ -239,6 +239,8 @@ def sample_rows(
         }
         if rollout.turns:
             row |= {"success": rollout.success, "turns": turn_rows(rollout)}
+        if rollout.prompt.images:
+            row["images"] = [picture["path"] for picture in rollout.prompt.images]
         rows.append(row)
     return rows
 

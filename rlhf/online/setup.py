@@ -54,6 +54,7 @@ from policy.model import (
     base_of,
     has_dropout,
     no_gather,
+    reads_pictures,
     turn_off_dropout,
     whole,
 )
@@ -70,6 +71,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
+from rlhf.online.collect import in_words
 from rlhf.online.sync import WeightSync, make_proof
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
@@ -145,7 +147,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)
-    holder = holder_of(cfg.engine, resolve_dtype(Dtype.auto))
+    dtype, holder = resolve_dtype(cfg.model.dtype), holder_of(cfg.engine, resolve_dtype(Dtype.auto))
     scorer = make_scorer(
         cfg.reward, device=distributed.device(), policy_tokenizer=tokenizer, holder=holder
     )
@@ -179,7 +181,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
             generator=generator,
             policy=models.policy,
             weights_of=weights_of,
-            proof=make_proof(generator, prompts, cfg.rollout, resolve_dtype(cfg.model.dtype)),
+            proof=make_proof(generator, in_words(prompts, tokenizer), cfg.rollout, dtype),
             pad_id=tokenizer.pad_token_id,
             budget=cfg.engine.micro_tokens,
         ),
@@ -289,6 +291,12 @@ def _layout(engine: EngineConfig, stage: OnlineStage, model: Any) -> Layout:
             "Expected a model with full causal attention under sdpa. Set engine.share_prompts=null."
         )
     shared = able and wants_shared_prompts(engine, stage)
+    if reads_pictures(base):
+        log.info(
+            "engine.share_prompts: off, since %s reads pictures: each response is a row of its own "
+            "with its prompt's pictures.",
+            base.config.model_type,
+        )
     return Layout(
         budget=engine.micro_tokens,
         shared=shared,

@@ -83,6 +83,7 @@ def check(cfg: Config) -> list[str]:
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     acting_in(cfg.environment, tokenizer)
+    check_pictures(cfg, tokenizer)
     reading = check_scores(stage, cfg.reward, tokenizer)
     reading += check_watch(stage, cfg.reward, tokenizer)
     inputs.refuse_texts(cfg.environment.kind, reading)
@@ -93,6 +94,31 @@ def check(cfg: Config) -> list[str]:
     ahead, scoring = virtual_tokens(cfg.adapter), scoring_models(cfg.reward, stage.watch)
     check_lengths(cfg.model, ahead, scoring, cfg.data.max_prompt_length, *longest)
     return notes
+
+
+def check_pictures(cfg: Config, tokenizer: Any) -> None:
+    """What a policy that reads pictures can't be combined with, by name. Raises UserError."""
+    stage, engine = cfg.stage_as(OnlineStage), cfg.engine
+    scoring = scoring_models(cfg.reward, stage.watch)
+    kind = cfg.environment.kind
+    if not inputs.check_pictures(cfg.model.path, tokenizer, cfg.rollout, kind, scoring):
+        return
+    reads = f"the policy {cfg.model.path} reads pictures"
+    if engine.share_prompts:
+        raise UserError(
+            f"engine.share_prompts=true: {reads}, and each response is a row of its own with its "
+            "prompt's pictures. Set engine.share_prompts=null."
+        )
+    if engine.sequence_parallel > 1:
+        raise UserError(
+            f"engine.sequence_parallel={engine.sequence_parallel}: {reads}, and ranks share rows of "
+            "text alone. Set engine.sequence_parallel=1."
+        )
+    if stage.advantage is Advantage.gae:
+        raise UserError(
+            f"stage.advantage=gae: {reads}, and a critic reads texts alone. Set "
+            "stage.advantage=group (stage=grpo)."
+        )
 
 
 def check_places(carrier: Carrier, model: ModelConfig, adapter: AdapterConfig) -> None:

@@ -9,9 +9,9 @@ import torch
 
 from conf.model import Transfer
 from conf.schema import RolloutConfig
+from rollout.sampling import device_options
 from rollout.server.process import Recipe
 from rollout.server.routes import engine_name
-from rollout.vllm import device_options
 from rollout.vllm_private import lora_options
 
 _EXTENSION = "rollout.server.extension.Extension"

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -448,7 +449,7 @@ def test_kl_is_that_of_whole_distributions(policies: Path) -> None:
         lambda: moved,
         lambda: start,
         rollouts,
-        pad_id=0,
+        tokenizer=SimpleNamespace(pad_token_id=0),
         temperature=cfg.rollout.temperature,
         logits_chunk=cfg.engine.logits_chunk,
         micro_tokens=cfg.engine.micro_tokens,

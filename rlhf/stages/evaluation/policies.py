@@ -26,6 +26,8 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
+from rlhf.models.templates import PROCESSOR
+from rlhf.online.collect import in_words, tokens_of
 from rlhf.online.sync import Calibration, Probe, Proof, gap_tolerance, sampled_probes
 from rlhf.process import distributed
 from rlhf.types import Generator, Prompt, Rollout, UserError
@@ -82,11 +84,13 @@ class Asked:
         """
         tolerance = gap_tolerance(self.rollout.gap_tolerance, resolve_dtype(self.model.dtype))
         first = written[0]
-        ids = (*first.prompt.token_ids, *first.token_ids[:_PROBE_TOKENS])
+        (prompt,) = in_words([first.prompt], self.tokenizer)
+        ids = (*prompt.token_ids, *first.token_ids[:_PROBE_TOKENS])
         probes: tuple[Probe, ...] = (Probe(ids),)
         if tolerance is None:
             prompts = list({one.prompt.id: one.prompt for one in written}.values())
-            probes = sampled_probes(generator, prompts, self.rollout.gap_tokens)
+            asked = in_words(prompts, self.tokenizer)
+            probes = sampled_probes(generator, asked, self.rollout.gap_tokens)
 
         def logprobs() -> list[float]:
             found = []
@@ -210,7 +214,7 @@ def response_kl(
     before: Callable[[], Any],
     rollouts: Sequence[Rollout],
     *,
-    pad_id: int,
+    tokenizer: Any,
     temperature: float,
     logits_chunk: int,
     micro_tokens: int,
@@ -223,10 +227,12 @@ def response_kl(
     """
     device = distributed.device()
     new = PolicyModule(after().to(device).eval(), chunk=logits_chunk, temperature=temperature)
-    of_after = _response_logprobs(new, rollouts, pad_id, micro_tokens)
+    processor = vars(tokenizer).get(PROCESSOR)
+    batch, _ = tokens_of(rollouts, tokenizer.pad_token_id, processor)
+    of_after = batch_logprobs(new, batch, micro_tokens)
     old = PolicyModule(before().to(device).eval(), chunk=logits_chunk, temperature=temperature)
     check_agreement(old, micro_tokens, "stage.before")
-    of_before = _response_logprobs(old, rollouts, pad_id, micro_tokens)
+    of_before = batch_logprobs(old, batch, micro_tokens)
     out = []
     for ours, theirs in zip(of_after, of_before, strict=True):
         nats = kl_per_token(ours[None], theirs[None], KLEstimator.k1)
@@ -234,19 +240,6 @@ def response_kl(
     return out
 
 
-def _response_logprobs(
-    module: PolicyModule, rollouts: Sequence[Rollout], pad_id: int, micro_tokens: int
-) -> list[Tensor]:
-    """The logprobs of the tokens of each response that the policy wrote, [length] nats."""
-    prompts = [rollout.prompt.token_ids for rollout in rollouts]
-    responses = [rollout.token_ids for rollout in rollouts]
-    written = [rollout.written for rollout in rollouts]
-    return sequence_logprobs(
-        module, prompts, responses, written, pad_id=pad_id, micro_tokens=micro_tokens
-    )
-
-
-@torch.inference_mode()
 def sequence_logprobs(
     module: PolicyModule,
     prompts: Sequence[Sequence[int]],
@@ -259,13 +252,18 @@ def sequence_logprobs(
     """The logprobs in nats of each response's tokens behind its prompt, those that are `counted`
     (None: all).
     """
-    device = distributed.device()
-    batch: Batch = collate(prompts, responses, pad_id, device, counted)
+    batch = collate(prompts, responses, pad_id, distributed.device(), counted)
+    return batch_logprobs(module, batch, micro_tokens)
+
+
+@torch.inference_mode()
+def batch_logprobs(module: PolicyModule, batch: Batch, micro_tokens: int) -> list[Tensor]:
+    """The logprobs in nats of each row's response tokens under the mask."""
     out: dict[int, Tensor] = {}
     for rows in plan_micro_batches(batch.lengths.tolist(), micro_tokens):
         part = batch.select(rows)
         inputs = (part.input_ids, part.positions, part.response_ids, part.response_mask)
-        logprobs = module(*inputs)[0]
+        logprobs = module(*inputs, **part.seen())[0]
         for row, values, mask in zip(rows, logprobs, part.response_mask, strict=True):
             out[row] = values[mask]
-    return [out[row] for row in range(len(responses))]
+    return [out[row] for row in range(len(batch.lengths))]
