@@ -101,10 +101,11 @@ class VLLMGenerator:
             for name in QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(errors_only)
             options = device_options(cfg, dtype, max_tokens + ahead)
-            options["enable_prompt_embeds"] = ahead > 0
-            options["skip_tokenizer_init"] = True  # token ids in, token ids out
-            if self._reads_pictures:  # vLLM's own processor writes their tokens
-                options |= {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
+            # Token ids in, token ids out; of pictures vLLM's own processor writes the tokens.
+            options |= {"skip_tokenizer_init": not self._reads_pictures}
+            options |= {"enable_prompt_embeds": ahead > 0}
+            if self._reads_pictures:
+                options["limit_mm_per_prompt"] = {"video": 0}
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             with kept_apart(transformers_backend) as classes, self._told(names.family):

@@ -27,7 +27,7 @@ from rlhf.data.prepare.held import gathered
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
 from rlhf.data.telling import Seen, tell
-from rlhf.models.templates import template_reads
+from rlhf.models.templates import PROCESSOR, template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
 from rlhf.types import SOFT_LABEL, UserError
@@ -189,6 +189,8 @@ def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
     were empty; and pictures, where the model reads texts alone.
     """
     for key in keys.counts:
+        if key == "images" and PROCESSOR in vars(tokenizer):
+            continue
         if key == "images":
             raise UserError(
                 f"{name}: messages show pictures ({keys.told(key)}), but the model of model.path "

@@ -74,7 +74,11 @@ def check(cfg: Config) -> list[str]:
     reading.check_first_rows(reading.DataRequest.of(cfg))
     inputs.refuse_pipeline(data, stage.name)
     check_judges(stage)
-    check_pictures(cfg)
+    for path in (stage.before, stage.after):
+        reads = dataclasses.replace(cfg.model, path=path, gguf_file=None)
+        known = inputs.policy_tokenizer(reads, data.chat_template)
+        kind, scoring = cfg.environment.kind, model_paths(cfg.reward)
+        inputs.check_pictures(path, known, cfg.rollout, kind, scoring)
     if is_set(cfg.reward):
         check_reward(cfg.reward)
         tokenizer = inputs.policy_tokenizer(cfg.model, data.chat_template)
@@ -86,17 +90,6 @@ def check(cfg: Config) -> list[str]:
         if cfg.reward.terms:
             check_rows(cfg.reward, reading.first_fields(reading.DataRequest.of(cfg)))
     return notes
-
-
-def check_pictures(cfg: Config) -> None:
-    """What policies that read pictures can't be combined with, by name. Raises UserError."""
-    stage = cfg.stage
-    assert isinstance(stage, EvalStage)
-    for path in (stage.before, stage.after):
-        model = dataclasses.replace(cfg.model, path=path, gguf_file=None)
-        tokenizer = inputs.policy_tokenizer(model, cfg.data.chat_template)
-        scoring, kind = model_paths(cfg.reward), cfg.environment.kind
-        inputs.check_pictures(path, tokenizer, cfg.rollout, kind, scoring)
 
 
 def _compares(stage: EvalStage, data: DataConfig, has_tasks: bool) -> bool:

@@ -11,6 +11,7 @@ from conf.reward import EnvironmentKind, RewardTerm, TurnCredit
 from conf.schema import (
     AdapterConfig,
     Config,
+    EngineConfig,
     ModelConfig,
     RewardConfig,
     RolloutConfig,
@@ -83,7 +84,9 @@ def check(cfg: Config) -> list[str]:
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     acting_in(cfg.environment, tokenizer)
-    check_pictures(cfg, tokenizer)
+    kind, judges = cfg.environment.kind, scoring_models(cfg.reward, stage.watch)
+    if inputs.check_pictures(cfg.model.path, tokenizer, cfg.rollout, kind, judges):
+        check_pictures(cfg.model.path, stage, cfg.engine)
     reading = check_scores(stage, cfg.reward, tokenizer)
     reading += check_watch(stage, cfg.reward, tokenizer)
     inputs.refuse_texts(cfg.environment.kind, reading)
@@ -91,19 +94,16 @@ def check(cfg: Config) -> list[str]:
     turn = cfg.rollout.max_response_length
     check_buffer(stage.overlong_buffer, cfg.environment.most_written(turn))
     longest = (cfg.environment.longest(turn), cfg.environment.longest_option)
-    ahead, scoring = virtual_tokens(cfg.adapter), scoring_models(cfg.reward, stage.watch)
-    check_lengths(cfg.model, ahead, scoring, cfg.data.max_prompt_length, *longest)
+    ahead = virtual_tokens(cfg.adapter)
+    check_lengths(cfg.model, ahead, judges, cfg.data.max_prompt_length, *longest)
     return notes
 
 
-def check_pictures(cfg: Config, tokenizer: Any) -> None:
-    """What a policy that reads pictures can't be combined with, by name. Raises UserError."""
-    stage, engine = cfg.stage_as(OnlineStage), cfg.engine
-    scoring = scoring_models(cfg.reward, stage.watch)
-    kind = cfg.environment.kind
-    if not inputs.check_pictures(cfg.model.path, tokenizer, cfg.rollout, kind, scoring):
-        return
-    reads = f"the policy {cfg.model.path} reads pictures"
+def check_pictures(path: str | None, stage: OnlineStage, engine: EngineConfig) -> None:
+    """What the policy of `path`, which reads pictures, can't be trained with, by name. Raises
+    UserError.
+    """
+    reads = f"the policy {path} reads pictures"
     if engine.share_prompts:
         raise UserError(
             f"engine.share_prompts=true: {reads}, and each response is a row of its own with its "
@@ -111,8 +111,8 @@ def check_pictures(cfg: Config, tokenizer: Any) -> None:
         )
     if engine.sequence_parallel > 1:
         raise UserError(
-            f"engine.sequence_parallel={engine.sequence_parallel}: {reads}, and ranks share rows of "
-            "text alone. Set engine.sequence_parallel=1."
+            f"engine.sequence_parallel={engine.sequence_parallel}: {reads}, and ranks share rows "
+            "of text alone. Set engine.sequence_parallel=1."
         )
     if stage.advantage is Advantage.gae:
         raise UserError(
