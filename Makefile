@@ -33,7 +33,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     bench-board bench-data bench-encoding bench-tuning bench-growth migration chaos soak \
     bench-gateway house equality proof-films proof-reviews proof-smollm2 proof-bfloat16 proof-arithmetic \
     proof-algorithms proof-ahead proof-hacking proof-environments proof-data proof-labels \
-    proof-feedback proof-evaluation proof-search clean
+    proof-feedback proof-evaluation proof-search proof-pictures clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ proof-ahead: $(STAMP) ## slow: GRPO with stage.ahead 0, 1, 2 learns alike; three
 
 proof-environments: $(STAMP) ## slow: a tool and a game from scratch by SFT, GRPO, PPO; three seeds
 	$(OFFLINE) $(PY) -m benchmarks.proofs.environments
+
+proof-pictures: $(STAMP) ## slow: a tiny model learns to see by SFT and GRPO, three seeds
+	$(OFFLINE) $(PY) -m benchmarks.proofs.pictures
 
 proof-data: $(STAMP) ## slow: planted defects, recall and precision of the report
 	$(OFFLINE) $(PY) -m benchmarks.proofs.data

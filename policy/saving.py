@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import AdapterConfig
-from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather
+from policy.model import Gather, RoundedLinear, base_of, is_peft, no_gather, reads_pictures
 from rlhf.models.directories import ADAPTER_NAME, adapter_name, further, merges_first, readable
 from rlhf.models.facts import save_tokenizer, set_ends
 from rlhf.process import distributed
@@ -157,7 +157,13 @@ def _lora_layers(model: Any) -> dict[str, Any]:
 
 
 def full_weights(model: Any, gather: Gather = no_gather) -> FullWeights:
-    return FullWeights(iterate_weights(model, gather))
+    """Whole weights; of a model that reads pictures, without adapters, those that train."""
+    if is_peft(model) or not reads_pictures(model):
+        return FullWeights(iterate_weights(model, gather))
+    held = model.named_parameters(remove_duplicate=False)
+    kept = frozenset(name for name, param in held if not param.requires_grad)
+    sent = ((name, t) for name, t in iterate_weights(model, gather) if name not in kept)
+    return FullWeights(sent, kept)
 
 
 def adapter_weights(model: Any, gather: Gather = no_gather) -> AdapterWeights:

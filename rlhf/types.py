@@ -253,6 +253,8 @@ class FullWeights:
 
     # transformers' state-dict names, tied tensors under each name
     tensors: "Iterable[tuple[str, torch.Tensor]]"
+    # names of tensors that are not sent: they don't train, so a generator has them from its start
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,7 +250,8 @@ class HFGenerator:
             )
         else:
             tensors = iter(weights.tensors)
-        targets = self._tensors()
+        kept = weights.kept if isinstance(weights, FullWeights) else frozenset()
+        targets = {name: t for name, t in self._tensors().items() if name not in kept}
         incoming = Incoming(tensors, specs_of(targets))
         with torch.no_grad():
             for name, tensor in incoming:

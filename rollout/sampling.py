@@ -164,6 +164,15 @@ def check_read(prompt: Prompt, read: Sequence[int], family: str) -> None:
     )
 
 
+def reading_options(*, pictures: bool) -> dict[str, Any]:
+    """An engine's options for its prompts: token ids in, token ids out; the tokens of pictures are
+    written by vLLM's own processor, which has the tokenizer in it.
+    """
+    if pictures:
+        return {"limit_mm_per_prompt": {"video": 0}}
+    return {"skip_tokenizer_init": True}
+
+
 def device_options(cfg: RolloutConfig, dtype: torch.dtype, max_tokens: int) -> dict[str, Any]:
     """An engine's options that depend on the device of this rank."""
     if not torch.cuda.is_available():

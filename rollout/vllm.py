@@ -22,6 +22,7 @@ from rollout.sampling import (
     device_options,
     fresh_seed,
     picture_request,
+    reading_options,
     response_seeds,
 )
 from rollout.vllm_private import (
@@ -101,11 +102,8 @@ class VLLMGenerator:
             for name in QUIET:  # a filter: levels are reset when the engine configures its loggers
                 logging.getLogger(name).addFilter(errors_only)
             options = device_options(cfg, dtype, max_tokens + ahead)
-            # Token ids in, token ids out; of pictures vLLM's own processor writes the tokens.
-            options |= {"skip_tokenizer_init": not self._reads_pictures}
-            options |= {"enable_prompt_embeds": ahead > 0}
-            if self._reads_pictures:
-                options["limit_mm_per_prompt"] = {"video": 0}
+            options |= reading_options(pictures=self._reads_pictures)
+            options["enable_prompt_embeds"] = ahead > 0
             if adapter_rank is not None:
                 options |= self._prepare_adapter(adapter_rank, cfg.max_lora_rank)
             with kept_apart(transformers_backend) as classes, self._told(names.family):
@@ -292,7 +290,9 @@ class VLLMGenerator:
             )
         else:
             tensors = self._names(weights.tensors)
-            incoming = Incoming(tensors, self._specs, self._readable, version)
+            left = self._names.of(weights.kept)
+            specs = {name: spec for name, spec in self._specs.items() if name not in left}
+            incoming = Incoming(tensors, specs, self._readable, version)
             # Gemma 2's embedding is its head, and vLLM knows no other name of it.
             unknown = set() if any(self._llm.apply_model(has_head)) else self._names.copies
             known = (item for item in incoming if item[0] not in unknown)

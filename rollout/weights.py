@@ -51,8 +51,10 @@ class HubNames:
         self._changed: set[str] = set()  # transformers' names that are not the hub's
         self.specs: dict[str, Spec] = {}  # by the hub's names
         self.copies: set[str] = set()  # second names of tied tensors
+        self._names: dict[str, list[str]] = {}  # the hub's, by transformers'
         for name, tensor in model.state_dict().items():
             parts = self._parts(name, tensor)
+            self._names[name] = list(parts)
             if list(parts) != [name]:
                 self._changed.add(name)
             self.specs |= specs_of(parts)
@@ -68,6 +70,10 @@ class HubNames:
     def joins(self) -> bool:
         """Whether a tensor of the model is several of the hub's."""
         return len(self.specs) > len(self._model.state_dict())
+
+    def of(self, names: Iterable[str]) -> set[str]:
+        """The hub's names of the tensors that transformers has under `names`."""
+        return {own for name in names for own in self._names[name]}
 
     def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same tensors, those of another name renamed or cut into their parts."""

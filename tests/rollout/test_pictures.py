@@ -118,6 +118,25 @@ def test_a_sync_brings_the_weights_of_both_parts(case: Any) -> None:
     assert gap(model, tokenizer, before) > 1e-3
 
 
+def test_a_sync_leaves_out_what_does_not_train(case: Any) -> None:
+    """After the test before it: the model has other weights than at the start."""
+    generator, model, tokenizer, prompts = case
+    generator.sync(full_weights(model), 2)
+    frozen = []
+    for name, param in model.named_parameters():
+        if "vision" in name or "visual" in name:
+            param.requires_grad_(False)
+            frozen.append(name)
+        else:
+            param.data.mul_(1.05)
+    weights = full_weights(model)
+    assert weights.kept == set(frozen) and frozen
+    generator.sync(weights, 3)
+    check_held(generator, 3)
+    assert not set(frozen) & set(generator.sent)
+    assert gap(model, tokenizer, generator.generate(prompts, n=2, seed=4)) < 1e-4
+
+
 def test_tokens_that_vllm_reads_otherwise_are_an_error() -> None:
     picture = {"path": "/a.png", "sha256": "0", "width": 8, "height": 8}
     prompt = Prompt("p", "", (1, 5, 5, 2), images=(picture,))
