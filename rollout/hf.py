@@ -17,6 +17,7 @@ from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
 from rollout.sampling import (
     Sampling,
     check_prompts,
+    check_shown,
     draw,
     fresh_seed,
     response_seeds,
@@ -124,6 +125,7 @@ class HFGenerator:
         its logprob at temperature 1.
         """
         check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
+        check_shown(prompts, self._tokenizer)
         seed = fresh_seed() if seed is None else seed
         repeated = [prompt for prompt in prompts for _ in range(n)]
         rows = list(zip(repeated, response_seeds(seed, prompts, n), strict=True))

@@ -141,6 +141,19 @@ def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, *, max_tokens: 
             )
 
 
+def check_shown(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Prompts with the tokens of pictures bring these along. Raises UserError."""
+    processor = vars(tokenizer).get(PROCESSOR)
+    if processor is None:
+        return
+    for prompt in prompts:
+        if not prompt.images and any(t in processor.feature_ids for t in prompt.token_ids):
+            raise UserError(
+                f"prompt {prompt.id}: it shows pictures, which this use of its model does not hand "
+                "on. Leave out rows with pictures."
+            )
+
+
 def picture_request(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
     """vLLM's request for a response to a prompt that shows pictures: its tokens with one for each
     picture, which the engine replaces by as many as it makes of it, and the pictures.

@@ -19,6 +19,7 @@ from rollout.sampling import (
     Sampling,
     check_prompts,
     check_read,
+    check_shown,
     device_options,
     fresh_seed,
     picture_request,
@@ -200,6 +201,7 @@ class VLLMGenerator:
         """
         self._wake()
         check_prompts(prompts, self.sampling, max_tokens=self._max_tokens)
+        check_shown(prompts, self._tokenizer)
         seed = fresh_seed() if seed is None else seed
         owners = [prompt for prompt in prompts for _ in range(n)]
         requests = [self._asked(prompt) for prompt in owners]

@@ -223,7 +223,7 @@ _GRPO = (
     "stage.learning_rate=3e-4",
     "stage.kl_coef=0.0",
 )
-_REWARD = "reward.terms={right: {kind: exact, field: answer}}"
+_REWARD = "+reward.terms.right.kind=exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ class ProofRuns:
         taught = [f"model.path={data}/model", f"data.path={data}/sft.jsonl"]
         yield self.command("sft", "sft", *taught, f"data.eval_path={data}/sft_eval.jsonl", *_SFT)
         start = f"{self.root}/sft/sft/model"
-        judged = (f"stage.before={start}", f"stage.prompts={HELD_OUT}")
+        judged = (f"stage.before={start}", f"stage.prompts={HELD_OUT}", "stage.greedy=true")
         for name, file in (("grpo", "prompts"), ("exchanged", "prompts_exchanged")):
             rows = f"data.path={data}/{file}.jsonl"
             yield self.online("grpo", name, f"model.path={start}", rows, *_GRPO)

@@ -297,12 +297,8 @@ def tokens_of(
     shown = () if processor is None else processor.feature_ids
     responses, fit = without_tokens([r.token_ids for r in rollouts], shown, pad_id)
     if not all(fit):
-        LOG.warning(
-            "%d of %d responses hold the token of a picture, which the policy wrote: they don't "
-            "train.",
-            fit.count(False),
-            len(fit),
-        )
+        left = fit.count(False)
+        LOG.warning("%d responses don't train: the policy wrote a picture's token in them.", left)
     prompts, written = [r.prompt.token_ids for r in rollouts], [r.written for r in rollouts]
     tokens = collate(prompts, responses, pad_id, distributed.device(), written)
     if processor is None:
@@ -312,6 +308,19 @@ def tokens_of(
     rows = tuple(rollout.prompt.images for rollout in rollouts)
     pictures = Pictures(rows, functools.partial(picture_inputs, processor))
     return replace(tokens, pictures=pictures), fit
+
+
+def refuse_mixed(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Several ranks take each pass together, through the part for pictures too: all prompts show
+    some, or none does. Raises UserError.
+    """
+    if PROCESSOR not in vars(tokenizer) or distributed.world_size() == 1:
+        return
+    if len({bool(prompt.images) for prompt in prompts}) > 1:
+        raise UserError(
+            "data.path: some prompts show pictures and some don't, which several ranks can't train "
+            "on together. Train on one rank, or on one kind of prompts."
+        )
 
 
 def in_words(prompts: Sequence[Prompt], tokenizer: Any) -> Sequence[Prompt]:

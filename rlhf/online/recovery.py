@@ -102,6 +102,8 @@ def write_bad_batch(
                 "finish_reason": rollout.finish_reason,
                 "score": None if scores is None else scores[i],
             }
+            if rollout.prompt.images:
+                row["images"] = [picture["path"] for picture in rollout.prompt.images]
             if rollout.turns:
                 turns = [asdict(turn) for turn in rollout.turns]
                 row |= {"success": rollout.success, "turns": turns}

@@ -71,7 +71,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.online.collect import in_words
+from rlhf.online.collect import in_words, refuse_mixed
 from rlhf.online.sync import WeightSync, make_proof
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
@@ -144,6 +144,7 @@ def build(ctx: RunContext, reader: RowReader) -> Parts:
     tokenizer, prompts = read.tokenizer, read.train
     acting = acting_in(cfg.environment, tokenizer)
     acting.check(prompts, cfg.data)
+    refuse_mixed(prompts, tokenizer)
     _register(ctx, read.files)
     sample = functools.partial(_token_ids, prompts, cfg.adapter.sample_rows)
     start = _start_of(ctx.start_dir, cfg.model, cfg.adapter, tokenizer, sample, cfg.engine)

@@ -78,7 +78,12 @@ def check(cfg: Config) -> list[str]:
         reads = dataclasses.replace(cfg.model, path=path, gguf_file=None)
         known = inputs.policy_tokenizer(reads, data.chat_template)
         kind, scoring = cfg.environment.kind, model_paths(cfg.reward)
-        inputs.check_pictures(path, known, cfg.rollout, kind, scoring)
+        reads_pictures = inputs.check_pictures(path, known, cfg.rollout, kind, scoring)
+        if reads_pictures and Judge.llm in stage.judges:
+            raise UserError(
+                f"stage.judges=[llm]: the policy {path} reads pictures, and the judge would get "
+                "the texts alone. Leave it out; a function gets the pictures as `images`."
+            )
     if is_set(cfg.reward):
         check_reward(cfg.reward)
         tokenizer = inputs.policy_tokenizer(cfg.model, data.chat_template)

@@ -137,6 +137,13 @@ def test_a_sync_leaves_out_what_does_not_train(case: Any) -> None:
     assert gap(model, tokenizer, generator.generate(prompts, n=2, seed=4)) < 1e-4
 
 
+def test_a_prompt_without_its_pictures_is_refused(case: Any) -> None:
+    generator, _, _, prompts = case
+    bare = dataclasses.replace(prompts[0], images=())
+    with pytest.raises(UserError, match=r"prompt one: it shows pictures"):
+        generator.generate([bare])
+
+
 def test_tokens_that_vllm_reads_otherwise_are_an_error() -> None:
     picture = {"path": "/a.png", "sha256": "0", "width": 8, "height": 8}
     prompt = Prompt("p", "", (1, 5, 5, 2), images=(picture,))
