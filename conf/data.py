@@ -214,8 +214,9 @@ class DataConfig:
     gym: GymConfig = nested(GymConfig)
     eval_fraction: float = option(
         0.1,
-        "Share of data.path that is held out where there is no eval_path.",
-        above=0,
+        "Share of data.path that is held out where there is no eval_path; 0: none, so that the "
+        "last weights are the model, and nothing is evaluated while it trains.",
+        at_least=0,
         below=1,
         section="how rows are read",
     )
@@ -316,6 +317,11 @@ class DataConfig:
             self.dataset,
             "set where data.registry is, and only there",
         )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rows are held out from training."""
+        return self.eval_path is not None or self.eval_fraction > 0
 
     def _check_sources(self) -> None:
         for name, source in self.sources.items():

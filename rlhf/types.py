@@ -212,7 +212,7 @@ class EncodedRows:
 
     tokenizer: Any
     train: "datasets.Dataset"
-    held_out: "datasets.Dataset"
+    held_out: "datasets.Dataset | None"  # None: data.eval_fraction=0 holds none out
     longest: int  # tokens of the longest sequence that a trainer builds of these rows
     files: tuple[Path, ...]  # that were read
     contexts: tuple[list[int], ...] = ()  # token ids that the trained policy's samples go on from

@@ -146,8 +146,14 @@ class EnsembleScorer(Stateless):
     def __init__(
         self, members: Sequence[RewardModelScorer], how: Combine, spread_coef: float
     ) -> None:
-        """Raises UserError for a member whose held-out scores don't differ."""
+        """Raises UserError for a member without held-out scores, or whose don't differ."""
         for member in members:
+            if member.manifest.held_out_texts == 0:
+                raise UserError(
+                    f"{member.source}: it was trained without held-out pairs "
+                    "(data.eval_fraction=0), so its scores can't be put on one scale with those "
+                    "of the other models of the ensemble. Train it with data.eval_path."
+                )
             spread = member.manifest.score_std
             if not (math.isfinite(spread) and spread > 0):
                 raise UserError(

@@ -1,6 +1,6 @@
 """Checks of what a stage reads: the model's directory, the lengths it can take, the data files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,23 @@ from rlhf.types import UserError
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _ORIGINAL = "original_max_position_embeddings"
 _RESPONSE = "rollout.max_response_length"
+
+
+# ---- held-out rows ----
+
+
+def check_held_out(data: DataConfig, needs: Mapping[str, Any]) -> None:
+    """Without held-out rows no option is set that looks at them: `needs`, by key, where the value
+    says that it does. Raises UserError.
+    """
+    if data.holds_out:
+        return
+    for key, value in needs.items():
+        if value:
+            raise UserError(
+                f"{key}={value} looks at held-out rows, but data.eval_fraction=0 holds none out. "
+                f"Leave {key} out, or give data.eval_path or data.eval_fraction above 0."
+            )
 
 
 # ---- the model ----

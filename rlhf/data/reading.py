@@ -56,6 +56,10 @@ __all__ = [
     "unpaired_records",
 ]
 
+NO_PROMPTS_HELD_OUT = (
+    "data.eval_fraction=0 holds no prompts out. Give held-out prompts as data.eval_path, or set "
+    "data.eval_fraction above 0."
+)
 Split = tuple[Sequence[Record], Sequence[Record]]  # training and held-out rows
 
 # ---- the first rows, for preflight ----
@@ -163,7 +167,8 @@ def _train_and_eval(
     request: DataRequest, use: Use, group: Callable[[Any], Any]
 ) -> tuple[Loaded, Loaded]:
     """Training and held-out records: those of ``data.eval_path``, or a share of ``data.path`` drawn
-    by ``run.seed``; records with equal `group` stay together.
+    by ``run.seed``; records with equal `group` stay together. With ``data.eval_fraction=0`` none
+    are held out.
     """
     train = load(request, required_sources(request), use)
     if isinstance(request.stage, OfflineStage) and distributed.is_main():
@@ -173,6 +178,8 @@ def _train_and_eval(
         tell_columns(train.records, read, train.name, request.stage.name)
     if request.data.eval_path is not None:
         return train, load(request, eval_sources(request.data), use)
+    if not request.data.holds_out:
+        return train, replace(train, records=[])
     groups = [stable_hash(group(record.value)) for record in train.records]
     return _split(train, groups, request)
 
@@ -184,7 +191,7 @@ def _split(loaded: Loaded, groups: Sequence[str], request: DataRequest) -> tuple
 
 
 def _require_eval(held: Loaded, data: DataConfig) -> None:
-    if not held.records:
+    if data.holds_out and not held.records:
         raise UserError(
             f"{given(data)}: all its rows have one prompt, so none can be held out. Give a "
             "second file as data.eval_path."
@@ -202,7 +209,7 @@ def sft_records(request: DataRequest) -> Split:
     train, held = _train_and_eval(request, Use.sft, group)
     # all rows have the same prompt, as in instruction data with a fixed instruction: then single
     # rows are held out
-    if not held.records:
+    if request.data.holds_out and not held.records:
         train, held = _split(train, [record.place for record in train.records], request)
     _require_eval(held, request.data)
     return train.records, held.records
@@ -335,13 +342,15 @@ def unpaired_records(request: DataRequest) -> Split:
 def prompt_records(request: DataRequest, split: str = "train") -> Loaded:
     """The training or held-out prompts (`split`: train, eval) with their files and rows. With a
     single prompt and no ``data.eval_path`` that prompt trains, and asking for held-out prompts
-    raises UserError.
+    raises UserError, as with ``data.eval_fraction=0``.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split={split!r}: expected train or eval")
     train, held = _train_and_eval(request, Use.prompt, lambda prompt: prompt)
     if split == "train":
         return train
+    if not request.data.holds_out:
+        raise UserError(NO_PROMPTS_HELD_OUT)
     _require_eval(held, request.data)
     return held
 

@@ -70,6 +70,7 @@ def defaults(s: Settings) -> dict[str, Any]:
         "gradient_checkpointing": False,
         "seed": 42,
         "dtype_of_weights": True,
+        **shared.none_held_out(s, "val_set_size"),
     }
     if s.given.get("warmup_steps") is None:
         known["warmup_ratio"] = 0.03

@@ -79,6 +79,7 @@ def defaults(s: Settings) -> dict[str, Any]:
         "warmup_ratio": 0.0,
         "seed": 42,
         "gradient_checkpointing": True,
+        **shared.none_held_out(s, "val_size"),
     }
     if str(s.given.get("finetuning_type", "lora")) == "lora":
         rank = whole(s.given.get("lora_rank", 8))

@@ -33,6 +33,9 @@ _ESTIMATORS = {
 _STAGES = {"train_sft": "sft", "train_dpo": "dpo", "train_rm": "reward"}
 
 
+_NO_ROWS = "none"  # where eval.dataset is left out
+
+
 def stage_of(s: Settings) -> str:
     """Our stage. Raises NotPossible."""
     if s.command in ("train_ppo_ray", "train_ppo"):
@@ -60,6 +63,7 @@ def defaults(s: Settings) -> dict[str, Any]:
         "train.seed": 42,
         "train.max_epochs": 2 if s.command == "train_sft" else 1,
         "ckpt.save_steps": -1,
+        "eval.dataset": _NO_ROWS,
         "eval.steps": -1,
         "ckpt.max_num": 3,
     }
@@ -159,6 +163,12 @@ def _estimator(s: Settings, value: Any) -> Answer:
     return computed(options, f"stage={s.stage}")
 
 
+def _held_out(s: Settings, value: Any) -> Answer:
+    if value == _NO_ROWS:
+        return shared.held_out(0)
+    return Answer(Fate.taken, {"data.eval_path": str(value)})
+
+
 def _steps(option: str) -> Any:
     def convert(s: Settings, value: Any) -> Answer:
         if s.online and option == "stage.eval_steps":
@@ -242,7 +252,7 @@ OWN: tuple[Key, ...] = (
     alone("data.prompt_dataset", sources.DATA, sources.openrlhf_data),
     to("data.dataset_split", "data.split", str),
     to("data.prompt_split", "data.split", str),
-    to("eval.dataset", "data.eval_path", str),
+    alone("eval.dataset", ("data.eval_path", "data.eval_fraction"), _held_out),
     to("data.max_samples", "data.max_rows", whole),
     *computes(
         (

@@ -133,13 +133,16 @@ def evaluations(s: Settings) -> Answer:
 
 def _at_times(s: Settings, what: str, option: str) -> Answer:
     per_epoch = s.get(f"{what}s_per_epoch")
+    strategy = str(s.get(f"{what}_strategy", f"{what}uation_strategy") or "steps").lower()
+    never = strategy in ("no", "none", "false")
+    if what == "eval" and never and not holds_out(s):
+        return held_out(0)
     if what == "eval" and s.online:
         return Answer(Fate.idle, note="held-out prompts are looked at by stage.watch")
-    strategy = str(s.get(f"{what}_strategy", f"{what}uation_strategy") or "steps").lower()
     steps = s.get(f"{what}_steps")
-    if strategy in ("no", "none", "false"):
+    if never:
         if option == "stage.save_steps":
-            return computed({option: 0}, "a checkpoint follows each evaluation all the same")
+            return computed({option: 0}, "one comes every stage.eval_steps all the same")
         return impossible("held-out rows are always evaluated; they choose the weights that stay")
     if per_epoch is None and strategy in ("epoch", "best"):
         per_epoch = 1
@@ -153,14 +156,26 @@ def _at_times(s: Settings, what: str, option: str) -> Answer:
     return computed({option: max(1, round(one / number(per_epoch)))})
 
 
+# Files of held-out rows, and shares of rows that are held out.
+_HELD_OUT = ("eval_dataset", "val_dataset", "test_datasets", "eval.dataset")
+_SHARES = ("val_size", "val_set_size", "split_dataset_ratio")
+
+
+def holds_out(s: Settings) -> bool:
+    """Whether a file holds rows out from training."""
+    return s.get(*_HELD_OUT) is not None or bool(number(s.get(*_SHARES) or 0))
+
+
+def none_held_out(s: Settings, key: str) -> dict[str, Any]:
+    """The default of `key` where a file names no held-out rows."""
+    return {} if s.get(*_HELD_OUT) is not None else {key: 0}
+
+
 def held_out(value: Any) -> Answer:
     """The share of rows that is held out."""
     share = number(value)
     if share == 0:
-        return impossible(
-            "some rows have to be held out: they choose the weights that stay. "
-            "data.eval_fraction keeps its default"
-        )
+        return computed({"data.eval_fraction": 0}, "none: the last weights stay, as there")
     if share < 1:
         return Answer(Fate.taken, {"data.eval_fraction": share})
     return impossible(f"{value} rows: data.eval_fraction is a share of all, between 0 and 1")

@@ -78,6 +78,7 @@ def defaults(s: Settings) -> dict[str, Any]:
         "save_steps": 500,
         "gradient_checkpointing": True,
         "report_to": "tensorboard",
+        **shared.none_held_out(s, "split_dataset_ratio"),
     }
     if "megatron" in s.command:
         del known["per_device_train_batch_size"]

@@ -67,7 +67,7 @@ KEYS: tuple[Key, ...] = (
     *computes(("save_strategy", "save_steps"), ("stage.save_steps",), shared.saves),
     *computes(
         ("eval_strategy", "evaluation_strategy", "eval_steps"),
-        ("stage.eval_steps",),
+        ("stage.eval_steps", "data.eval_fraction"),
         shared.evaluations,
     ),
     to("save_total_limit", "run.keep_checkpoints", whole),

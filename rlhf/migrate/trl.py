@@ -78,6 +78,7 @@ def defaults(s: Settings) -> dict[str, Any]:
         "save_steps": 500,
         "gradient_checkpointing": True,
         "bf16": True,
+        "eval_strategy": "no",  # its scripts hold rows out only where they are to be evaluated
     }
     if s.given.get("use_peft"):
         known |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}

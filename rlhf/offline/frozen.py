@@ -202,6 +202,8 @@ def _texts(rows: EncodedRows) -> Texts:
     """Every text that the trainer reads, once."""
     found: dict[tuple[int, ...], None] = {}
     for data in (rows.train, rows.held_out):
+        if data is None:
+            continue
         for column in ("chosen_ids", "rejected_ids"):
             found.update(dict.fromkeys(map(tuple, data[column])))
     return list(found)

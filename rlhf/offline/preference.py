@@ -95,7 +95,7 @@ def make_trainer(
     reference: Any,
     tokenizer: Any,
     train: datasets.Dataset,
-    held_out: datasets.Dataset,
+    held_out: datasets.Dataset | None,
     **ours: Any,
 ) -> StageTrainer:
     """The stage's trainer on encoded rows.
@@ -104,7 +104,8 @@ def make_trainer(
     without one; ours: what `StageTrainer` takes beside TRL's arguments.
     """
     if isinstance(stage, (CPOStage, ORPOStage)):
-        train, held_out = labelled(train), labelled(held_out)
+        train = labelled(train)
+        held_out = None if held_out is None else labelled(held_out)
     given = {
         "model": model,
         "train_dataset": train,

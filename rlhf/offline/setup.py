@@ -299,11 +299,14 @@ def trainer_arguments(
     dtype: Dtype,
     checkpoint_dir: Path,
     resume_from: Path | None = None,
+    *,
+    holds_out: bool = True,
 ) -> dict[str, Any]:
     """Keyword arguments that TRL's configs have in common.
 
     TRL's defaults turn on bf16 and gradient checkpointing; both are set here explicitly. dtype:
-    ``model.dtype``; resume_from: the checkpoint that training goes on from.
+    ``model.dtype``; resume_from: the checkpoint that training goes on from; holds_out: whether
+    there are held-out rows (`_looks`).
     """
     on_cpu = not torch.cuda.is_available()
     computed_in = resolve_dtype(dtype)
@@ -334,16 +337,33 @@ def trainer_arguments(
         "logging_steps": stage.log_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would log the last finite loss in place of a NaN
+        "report_to": "none",
+        "disable_tqdm": True,
+        **_looks(stage, run.keep_checkpoints, holds_out, starts=resume_from is None),
+    }
+
+
+def _looks(stage: OfflineStage, kept: int, holds_out: bool, *, starts: bool) -> dict[str, Any]:
+    """When a trainer evaluates and saves, and which weights stay. Without held-out rows there is
+    no best: the last weights stay, and checkpoints come every stage.save_steps, else as often as
+    evaluations would.
+    """
+    if not holds_out:
+        return {
+            "eval_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": stage.save_steps or stage.eval_steps,
+            "save_total_limit": kept or None,
+        }
+    return {
         "eval_strategy": "steps",
         "eval_steps": stage.eval_steps,
-        "eval_on_start": resume_from is None,
+        "eval_on_start": starts,
         "save_strategy": "steps",
         "save_steps": stage.eval_steps,
         # the last ones, and the best
-        "save_total_limit": run.keep_checkpoints + 1 if run.keep_checkpoints else None,
+        "save_total_limit": kept + 1 if kept else None,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
-        "report_to": "none",
-        "disable_tqdm": True,
     }

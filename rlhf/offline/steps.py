@@ -1,32 +1,27 @@
 """The optimizer steps of TRL's trainers: their learning rates, and when a step must not be applied.
 
 `Guard` answers losses and gradients that are NaN, infinite or a spike. `rlhf/offline/trainers.py`
-calls all of this. `HeldOutRows` compares no losses on different rows after a resume. Which rows a
-step trains is step_rows.py's.
+calls all of this. Which rows a step trains is step_rows.py's; what looks at held-out rows is
+held_out.py's.
 """
 
-import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from conf.choices import EngineKind, OnNonFinite
 from conf.schema import EngineConfig
 from conf.stages import OfflineStage
 from policy.engines.base import Brake, GradientNoise
 from policy.engines.loading import Rates, WaitingAdamW, set_rates
-from rlhf.offline.step_rows import CARRIED
 from rlhf.process import checkpoints, distributed
 from rlhf.run.directory import BadBatches, write_tensors
 from rlhf.types import TrainingDiverged
@@ -273,70 +268,7 @@ class NoiseWatch(TrainerCallback, ExportableState):
             logs.update(self.noise.figures())
 
 
-# ---- the held-out rows of a run that is resumed ----
-
-
-def content_hash(rows: datasets.Dataset) -> str:
-    """A hash of the tokens, labels and weights of encoded rows, hexadecimal."""
-    columns = [name for name in sorted(rows.column_names) if _is_content(name)]
-    digest = hashlib.sha256(json.dumps(columns).encode())
-    for row in rows.select_columns(columns):
-        digest.update(json.dumps([row[name] for name in columns]).encode())
-    return digest.hexdigest()[:40]
-
-
-def _is_content(column: str) -> bool:
-    return column.endswith("ids") or column.startswith("label") or column in CARRIED
-
-
-class HeldOutRows(TrainerCallback, ExportableState):
-    """Writes into each checkpoint which rows its held-out loss was measured on.
-
-    A resumed run with other ones evaluates before its first step: its best weights are those with
-    the lowest loss from there on, where the checkpoint that it resumes from counts too.
-    """
-
-    def __init__(self, rows: str) -> None:
-        """rows: a hash of this launch's held-out rows."""
-        self.rows = rows
-        self.since = 0  # the step of the first evaluation on them
-        self.changed = False  # this launch's rows, since the checkpoint that it resumes from
-
-    def state(self) -> dict[str, Any]:
-        """What transformers writes into a checkpoint."""
-        return {"args": {"rows": self.rows}, "attributes": {"since": self.since}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare with the checkpoint's rows, where it says which they were."""
-        known = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step == 0 or known is None:
-            return
-        self.since = known["attributes"]["since"]
-        if known["args"]["rows"] == self.rows:
-            return
-        self.changed, self.since = True, state.global_step
-        args.eval_on_start = True
-        # before stage.patience compares with it
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        if distributed.is_main():
-            LOG.warning(
-                "resume: the held-out rows are not those of the checkpoint at step %d, so losses "
-                "from before don't compare: the best weights are those of the lowest loss on the "
-                "new rows, from step %d on.",
-                state.global_step,
-                state.global_step,
-            )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint that the run resumes from is the best so far."""
-        if not self.changed:
-            return
-        self.changed = False
-        loss = kwargs["metrics"]["eval_loss"]
-        if math.isfinite(loss):
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            state.best_metric, state.best_global_step = loss, state.global_step
-            state.best_model_checkpoint = str(folder)
+# ---- callbacks of a checkpoint ----
 
 
 class KnownCallbacks(TrainerCallback):
@@ -351,40 +283,3 @@ class KnownCallbacks(TrainerCallback):
         """Add the states that are missing."""
         for callback in self.callbacks:
             state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
-
-
-class StallWatch(TrainerCallback, ExportableState):
-    """stage.unfreeze.patience: unfreezes more blocks when the held-out loss stalls, and keeps what
-    it knows in the checkpoints.
-    """
-
-    def __init__(self, groups: GroupRates, stage: OfflineStage, held_out: HeldOutRows) -> None:
-        """held_out: added to the trainer before this."""
-        self.groups, self.stage, self.held_out = groups, stage, held_out
-        self.best: float | None = None
-        self.waited = 0  # evaluations since the best
-
-    def state(self) -> dict[str, Any]:
-        """What transformers writes into a checkpoint."""
-        known = {"best": self.best, "waited": self.waited, "stalls": self.groups.stalls}
-        return {"args": {}, "attributes": known}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        known = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step == 0 or known is None:
-            return
-        self.groups.stalls = known["attributes"]["stalls"]
-        if not self.held_out.changed:
-            self.best, self.waited = (known["attributes"][name] for name in ("best", "waited"))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = float(kwargs["metrics"]["eval_loss"])
-        least = self.stage.min_improvement
-        if math.isfinite(loss) and (self.best is None or self.best - loss > least):
-            self.best, self.waited = loss, 0
-            return
-        self.waited += 1
-        patience = self.stage.unfreeze.patience
-        if patience is not None and self.waited >= patience:
-            self.groups.stalls += 1
-            self.waited = 0

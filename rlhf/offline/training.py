@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import PrinterCallback, TrainerCallback
 
 from conf.choices import AdapterKind, EngineKind
 from conf.schema import AdapterConfig, EngineConfig, ModelConfig
@@ -24,6 +23,7 @@ from policy.model import Gather, no_gather, trainable
 from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype
 from rlhf.models.turns import end_ids, response_text
+from rlhf.offline.held_out import NO_HELD_OUT, Patience, watch_held_out
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
     TRAINER_STATE_NAME,
@@ -33,11 +33,8 @@ from rlhf.offline.setup import loader_for
 from rlhf.offline.step_rows import Growth
 from rlhf.offline.steps import (
     Guard,
-    HeldOutRows,
     KnownCallbacks,
     NoiseWatch,
-    StallWatch,
-    content_hash,
 )
 from rlhf.offline.trainers import StageTrainer
 from rlhf.process import distributed
@@ -66,10 +63,13 @@ class Reporter(TrainerCallback):
         watchdog: Watchdog,
         log: Callable[[int, dict[str, float]], None],
         save_steps: int | None,
+        *,
+        evaluates: bool = True,
     ) -> None:
         """log: takes a step and its metrics; save_steps: steps between checkpoints, beside those at
-        evaluations.
+        evaluations; evaluates: whether there are held-out rows.
         """
+        self.evaluates = evaluates
         self.bar, self.stopping, self.watchdog = bar, stopping, watchdog
         self.write, self.save_steps = log, save_steps
         self.signal: int | None = None  # that ended training
@@ -101,7 +101,8 @@ class Reporter(TrainerCallback):
         if self.save_steps and state.global_step % self.save_steps == 0:
             control.should_save = True
         if state.global_step >= state.max_steps:
-            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_log = control.should_save = True
+            control.should_evaluate = self.evaluates
         self.signal = self.stopping.agreed()
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
@@ -141,55 +142,6 @@ class Reporter(TrainerCallback):
         self.tokens, self._busy_s = tokens, 0.0
 
 
-class PlateauWatch(TrainerCallback, ExportableState):
-    """Shows each held-out loss to the schedule, and keeps what it knows in the checkpoints."""
-
-    def __init__(self, plateau: Plateau, held_out: HeldOutRows) -> None:
-        """held_out: added to the trainer before this."""
-        self.plateau, self.held_out = plateau, held_out
-
-    def state(self) -> dict[str, Any]:
-        """What transformers writes into a checkpoint."""
-        return {"args": {}, "attributes": self.plateau.state_dict()}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run goes on from its checkpoint's figures, if they are of the same rows."""
-        known = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step == 0 or known is None:
-            return
-        self.plateau.load_state_dict(known["attributes"])
-        if self.held_out.changed:
-            self.plateau.forget()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The next step has the new rate already."""
-        if not self.plateau.look(kwargs["metrics"]["eval_loss"]):
-            return
-        kwargs["lr_scheduler"].refresh()
-        if distributed.is_main():
-            LOG.info(
-                "step %d: the held-out loss stalls, the learning rate is %.3g of the highest now "
-                "(stage.plateau).",
-                state.global_step,
-                self.plateau.scale,
-            )
-
-
-class Patience(EarlyStoppingCallback):
-    """stage.patience: transformers counts evaluations without improvement, but forgets the count
-    in a resumed run.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        for name in (type(self).__name__, EarlyStoppingCallback.__name__):
-            known = state.stateful_callbacks.get(name)
-            if state.global_step and known is not None:
-                attributes = known["attributes"]
-                self.early_stopping_patience_counter = attributes["early_stopping_patience_counter"]
-                return
-
-
 def make_guard(ctx: RunContext) -> Guard:
     """The guard of a run, with the counts of the checkpoint that it goes on from."""
     guard = Guard(ctx.cfg.stage, ctx.dir, ctx.checkpoint_dir, ctx.tracker.log)
@@ -199,7 +151,8 @@ def make_guard(ctx: RunContext) -> Guard:
 
 
 def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
-    """Train to the end, and load the best weights by ``eval_loss`` back.
+    """Train to the end, and load the best weights by ``eval_loss`` back. Without held-out rows the
+    last weights stay.
 
     Returns the steps done and the run's figures: the latest of training, the evaluation of the
     weights that were loaded back, and the first evaluation on its rows under ``initial/``, before
@@ -221,17 +174,19 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     if stage.noise_scale is not None:
         trainer.noise = GradientNoise(trainable(trainer.model), stage.noise_scale)
         trainer.add_callback(NoiseWatch(trainer.noise))
-    held_out = HeldOutRows(content_hash(trainer.eval_dataset))
-    trainer.add_callback(held_out)
-    if plateau is not None:
-        trainer.add_callback(PlateauWatch(plateau, held_out))
-    if trainer.group_rates is not None and stage.unfreeze.patience is not None:
-        trainer.add_callback(StallWatch(trainer.group_rates, stage, held_out))
+    held_out = watch_held_out(trainer, stage, plateau)
     trainer.add_callback(KnownCallbacks(trainer.callback_handler.callbacks))
     if resume_from is not None:
         trainer.restore_token_count(tokens_before(resume_from))
     with console.progress(steps, ctx.stage) as bar, Stopping() as stopping:
-        reporter = Reporter(bar, stopping, ctx.watchdog, ctx.tracker.log, stage.save_steps)
+        reporter = Reporter(
+            bar,
+            stopping,
+            ctx.watchdog,
+            ctx.tracker.log,
+            stage.save_steps,
+            evaluates=held_out is not None,
+        )
         trainer.add_callback(reporter)
         ctx.watchdog.phase("start")
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -243,13 +198,21 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     if reporter.signal is not None:
         checkpoint = ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         raise Interrupted(reporter.signal, state.global_step, checkpoint)
-    return state.global_step, _figures(state, reporter.last, trainer.guard, held_out.since)
+    first = None if held_out is None else held_out.since
+    if held_out is None:
+        ctx.summary |= NO_HELD_OUT
+    return state.global_step, _figures(state, reporter.last, trainer.guard, first)
 
 
-def _figures(state: Any, last: dict[str, float], guard: Guard, first: int) -> dict[str, float]:
+def _figures(
+    state: Any, last: dict[str, float], guard: Guard, first: int | None
+) -> dict[str, float]:
     """The run's figures, as `fit` returns them; `first`: the step of the first evaluation on the
-    held-out rows. Raises TrainingDiverged.
+    held-out rows, None without such rows. Raises TrainingDiverged.
     """
+    left_out = {"train/skipped_total": float(guard.skipped), "train/rewinds": float(guard.rewinds)}
+    if first is None:
+        return {**last, **left_out}
     if not state.best_global_step:
         raise TrainingDiverged(
             f"eval_loss was not finite in any of the evaluations up to step {state.global_step}, "
@@ -259,7 +222,6 @@ def _figures(state: Any, last: dict[str, float], guard: Guard, first: int) -> di
         entry["step"]: _evaluation(entry) for entry in state.log_history if "eval_loss" in entry
     }
     initial = {f"initial/{key}": value for key, value in evaluations.get(first, {}).items()}
-    left_out = {"train/skipped_total": float(guard.skipped), "train/rewinds": float(guard.rewinds)}
     best = {**evaluations[state.best_global_step], "best_step": float(state.best_global_step)}
     return {**last, **left_out, **best, **initial}
 

@@ -81,6 +81,13 @@ def longest(rows: datasets.Dataset, *columns: str) -> int:
     return max(int(lengths(rows, column).max()) for column in columns)
 
 
+def parts_of(
+    train: datasets.Dataset, held_out: datasets.Dataset | None
+) -> tuple[datasets.Dataset, ...]:
+    """Training and held-out rows, where there are some."""
+    return (train,) if held_out is None else (train, held_out)
+
+
 def normalised(weights: Sequence[float], sizes: Sequence[int] | None = None) -> list[float]:
     """`weights` divided by their mean, in which row i counts `sizes[i]` times (once without sizes).
 

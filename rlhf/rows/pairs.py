@@ -26,6 +26,7 @@ from rlhf.rows.columns import (
     Row,
     carried_of,
     longest,
+    parts_of,
     read_batches,
     require_template,
     short_enough,
@@ -155,13 +156,13 @@ def read(request: DataRequest, tokenizer: Any) -> EncodedRows:
         "store": Store.of(request),
     }
     rows = encode_pairs(tokenizer, train, name="training", **encode)
-    judged = encode_pairs(tokenizer, held_out, name="held-out", **encode)
-    tokenizer.pad_token = padding_token(tokenizer, rows, judged)
+    judged = encode_pairs(tokenizer, held_out, name="held-out", **encode) if held_out else None
+    tokenizer.pad_token = padding_token(tokenizer, *parts_of(rows, judged))
     return EncodedRows(
         tokenizer,
         rows,
         judged,
-        longest=max(longest(rows, *SIDES), longest(judged, *SIDES)),
+        longest=max(longest(part, *SIDES) for part in parts_of(rows, judged)),
         files=tuple(data_files(request.data)),
         conversational=is_chat(train[0].value["chosen"]),
     )

@@ -29,6 +29,7 @@ from rlhf.rows.columns import (
     Row,
     carried_of,
     lengths,
+    parts_of,
     require_template,
     short_enough,
     weight_column,
@@ -233,33 +234,41 @@ def read(request: DataRequest, tokenizer: Any, micro: int) -> EncodedRows:
     check_row_weights(request.data.weight_column, getattr(stage, "losses", []), raw_train)
     encode = {"max_length": stage.max_length, "store": Store.of(request)}
     train = encode_preferences(tokenizer, raw_train, sides, name="training", **encode)
-    held_out = encode_preferences(tokenizer, raw_held_out, sides, name="held-out", **encode)
+    held_out = None
+    if raw_held_out:
+        held_out = encode_preferences(tokenizer, raw_held_out, sides, name="held-out", **encode)
     if unpaired:
         train, held_out = _fit_for_kto(stage, train, held_out, micro, request.seed)
     # KTO's KL pairs may meet any prompt with any answer
     mixed = unpaired and stage.loss is KTOLoss.kto
-    most = max(longest_row(rows, mixed=mixed) for rows in (train, held_out))
+    most = max(longest_row(rows, mixed=mixed) for rows in parts_of(train, held_out))
     return EncodedRows(
         tokenizer,
         train,
         held_out,
         longest=min(most, stage.max_length),
         files=tuple(data_files(request.data)),
-        contexts=tuple(preference_contexts(held_out, SAMPLES)),
+        contexts=tuple(preference_contexts(held_out or train, SAMPLES)),
     )
 
 
 def _fit_for_kto(
-    stage: KTOStage, train: datasets.Dataset, held_out: datasets.Dataset, micro: int, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+    stage: KTOStage,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset | None,
+    micro: int,
+    seed: int,
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Training and held-out answers of which none is alone in its forward pass. Raises
     UserError.
     """
     check_balance(stage, train)
     # A file sorted by label would give passes with nothing to compare.
-    held_out = held_out.shuffle(seed=seed)
+    if held_out is not None:
+        held_out = held_out.shuffle(seed=seed)
     if stage.loss is KTOLoss.kto:
-        held_out = without_lone_row(held_out, micro, "held-out")
+        if held_out is not None:
+            held_out = without_lone_row(held_out, micro, "held-out")
         if len(train) < stage.batch_size:  # otherwise every step is a whole batch
             train = without_lone_row(train, micro, "training")
     return train, held_out

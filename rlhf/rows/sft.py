@@ -36,6 +36,7 @@ from rlhf.rows.columns import (
     Row,
     carried_of,
     longest,
+    parts_of,
     require_template,
     weight_column,
     with_weights,
@@ -222,14 +223,16 @@ def read(request: DataRequest, tokenizer: Any) -> EncodedRows:
         "store": Store.of(request),
     }
     rows = encode_sft(tokenizer, train, name="training", cut=not stage.packing, **encode)
-    judged = encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode)
+    judged = None
+    if held_out:
+        judged = encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode)
     return EncodedRows(
         tokenizer,
         rows,
         judged,
-        longest=max(longest(rows, "input_ids"), longest(judged, "input_ids")),
+        longest=max(longest(part, "input_ids") for part in parts_of(rows, judged)),
         files=tuple(data_files(request.data)),
-        contexts=tuple(_contexts(tokenizer, held_out)),
+        contexts=tuple(_contexts(tokenizer, held_out or train)),
     )
 
 

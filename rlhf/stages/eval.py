@@ -71,6 +71,8 @@ def check(cfg: Config) -> list[str]:
         raise UserError(
             "data.path and data.eval_path are not set: stage=eval needs a file of prompts."
         )
+    if not data.holds_out:
+        raise UserError(reading.NO_PROMPTS_HELD_OUT)
     reading.check_first_rows(reading.DataRequest.of(cfg))
     inputs.refuse_pipeline(data, stage.name)
     check_judges(stage)

@@ -17,6 +17,7 @@ from rlhf.checks import launch
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import preference, setup
+from rlhf.offline.held_out import shown_figures
 from rlhf.offline.setup import (
     begin,
     check_positions,
@@ -26,12 +27,23 @@ from rlhf.offline.setup import (
     with_adapter,
 )
 from rlhf.offline.trainers import StageTrainer
-from rlhf.offline.training import fit, free_memory, greedy_samples, make_guard, save_trained
+from rlhf.offline.training import (
+    fit,
+    free_memory,
+    greedy_samples,
+    make_guard,
+    save_trained,
+)
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.types import EncodedRows, RowReader
 
+# in the closing panel: what it says, and the figure
+_SHOWN = {
+    "held-out accuracy": "eval_rewards/accuracies",
+    "held-out margin": "eval_rewards/margins",
+}
 adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
 
 
@@ -70,17 +82,10 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         if distributed.is_main():
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")
-        figures = {
-            "held-out loss before": metrics.get("initial/eval_loss"),
-            "held-out loss": metrics["eval_loss"],
-            "held-out accuracy": metrics.get("eval_rewards/accuracies"),
-            "held-out margin": metrics.get("eval_rewards/margins"),
-            "best step": int(metrics["best_step"]),
-        }
         ctx.finish(
             steps=steps,
             metrics=metrics,
-            figures={name: value for name, value in figures.items() if value is not None},
+            figures=shown_figures(metrics, _SHOWN),
             next_command=(
                 f"python -m rlhf stage=eval stage.before={cfg.model.path or '<the start>'} "
                 f"stage.after={ctx.model_dir} data.path=<prompts>"
@@ -126,7 +131,14 @@ def make_trainer(ctx: RunContext, plan: launch.BatchPlan, rows: EncodedRows) -> 
         again = load if loader.parts else None
         reference = preference.start_of(model, cfg.adapter, again)
     arguments = trainer_arguments(
-        stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
+        stage,
+        plan,
+        cfg.engine,
+        cfg.run,
+        cfg.model.dtype,
+        ctx.checkpoint_dir,
+        ctx.resume_from,
+        holds_out=rows.held_out is not None,
     )
     guard = make_guard(ctx)
     return preference.make_trainer(

@@ -7,11 +7,13 @@ import functools
 import logging
 from pathlib import Path
 
+import datasets
 import numpy as np
+import torch
 from trl import RewardConfig as TRLRewardConfig
 
 from conf.choices import EngineKind
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, EngineConfig, ModelConfig
 from policy.adapters import rates_of
 from policy.engines import resharding
 from policy.engines.loading import Loader, holder_of
@@ -29,6 +31,7 @@ from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
 from rlhf.offline import judged_pairs, setup
 from rlhf.offline.frozen import check_cache, read_frozen_once
+from rlhf.offline.held_out import NO_HELD_OUT
 from rlhf.offline.judged_pairs import Reward
 from rlhf.offline.setup import (
     begin,
@@ -71,34 +74,49 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         setup.check_steps(stage, len(rows.train))
         tokenizer, held_out = rows.tokenizer, rows.held_out
         ctx.add_inputs("policy", rows.files)
-        if stage.soft_label:
+        if stage.soft_label and held_out is not None:
             # held-out pairs that are all ties are refused here rather than after training
             judged_pairs.better_side(np.array(held_out[SOFT_LABEL]))
         steps, metrics = _train(ctx, plan, rows)
-        ctx.watchdog.phase("judge")
-        # The figures are those of the saved weights, read back as every later stage reads them.
-        device, dtype = distributed.device(), resolve_dtype(cfg.model.dtype)
-        load = functools.partial(load_reward_module, ctx.model_dir, dtype)
-        holder = None if contents(str(ctx.model_dir)).is_native else holder_of(cfg.engine, dtype)
-        read, passes = reader_of(load, device, holder)
-        judged = judged_pairs.judge(read, held_out, cfg.reward.batch_tokens, device, passes)
-        metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
+        judged = None
+        if held_out is not None:
+            ctx.watchdog.phase("judge")
+            dtype = resolve_dtype(cfg.model.dtype)
+            judged = _judge(ctx.model_dir, held_out, cfg.engine, dtype, cfg.reward.batch_tokens)
+            metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
         if distributed.is_main():
             manifest = manifest_of(cfg.model, rows, stage.max_length, metrics)
             write_manifest(ctx.model_dir, manifest)
+        if judged is not None and distributed.is_main():
             ctx.tracker.samples(steps, judged_pairs.sample_rows(tokenizer, held_out, judged))
-            plot = judged_pairs.plot_judged(judged, metrics, ctx.dir / "plots")
-            ctx.tracker.images([plot])
+            ctx.tracker.images([judged_pairs.plot_judged(judged, metrics, ctx.dir / "plots")])
         ctx.watchdog.phase("finish")
         ctx.finish(
             steps=steps,
             metrics=metrics,
-            figures=judged_pairs.shown(metrics),
+            figures=NO_HELD_OUT if held_out is None else judged_pairs.shown(metrics),
             next_command=(
                 "python -m rlhf stage=ppo model.path=<policy> "
                 f"reward.path={ctx.model_dir} data.path=<prompts>"
             ),
         )
+
+
+def _judge(
+    model: Path,
+    held_out: datasets.Dataset,
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    budget: int,
+) -> judged_pairs.Judged:
+    """Held-out pairs as the weights saved in `model` score them, read back as every later stage
+    reads them. A collective. budget: tokens of one forward pass.
+    """
+    device = distributed.device()
+    load = functools.partial(load_reward_module, model, dtype)
+    holder = None if contents(str(model)).is_native else holder_of(engine, dtype)
+    read, passes = reader_of(load, device, holder)
+    return judged_pairs.judge(read, held_out, budget, device, passes)
 
 
 def _train(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> tuple[int, dict[str, float]]:
@@ -144,7 +162,14 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> Reward:
         )
     args = TRLRewardConfig(
         **trainer_arguments(
-            stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
+            stage,
+            plan,
+            cfg.engine,
+            cfg.run,
+            cfg.model.dtype,
+            ctx.checkpoint_dir,
+            ctx.resume_from,
+            holds_out=rows.held_out is not None,
         ),
         center_rewards_coefficient=stage.centering_coef or None,
     )
@@ -164,7 +189,8 @@ def manifest_of(
     model: ModelConfig, rows: EncodedRows, max_length: int, metrics: dict[str, float]
 ) -> Manifest:
     """What later stages must know of the reward model beside its weights. max_length: tokens of the
-    longest pair that it may have trained on.
+    longest pair that it may have trained on. Without held-out pairs the figures of its scores are
+    0, of 0 texts.
     """
     return Manifest(
         base=model.path or model.kind.value,
@@ -173,7 +199,7 @@ def manifest_of(
         conversational=rows.conversational,
         max_length=max_length,
         dtype=str(resolve_dtype(model.dtype)).removeprefix("torch."),
-        score_mean=metrics["eval/score_mean"],
-        score_std=metrics["eval/score_std"],
-        held_out_texts=2 * int(metrics["eval/pairs"]),
+        score_mean=metrics.get("eval/score_mean", 0.0),
+        score_std=metrics.get("eval/score_std", 0.0),
+        held_out_texts=2 * int(metrics.get("eval/pairs", 0)),
     )

@@ -7,9 +7,10 @@ no format of a file.
 from collections.abc import Sequence
 from typing import Any
 
+from conf.choices import Scheduler
 from conf.online import OnlineStage
 from conf.schema import Config, ModelConfig
-from conf.stages import RewardStage, SFTStage
+from conf.stages import OfflineStage, RewardStage, SFTStage, TrainStage
 from reward import terms
 from rlhf.checks import inputs
 from rlhf.data import reading
@@ -24,6 +25,7 @@ def check(cfg: Config) -> list[str]:
     """Training files exist, are not empty, and their first rows fit the stage. Raises UserError."""
     request = DataRequest.of(cfg)
     inputs.check_template(cfg.data)
+    inputs.check_held_out(cfg.data, _looks_at_held_out(cfg.stage))
     reading.required_sources(request)
     reading.check_first_rows(request)
     inputs.refuse_pipeline(cfg.data, cfg.stage.name)
@@ -32,6 +34,19 @@ def check(cfg: Config) -> list[str]:
     if isinstance(cfg.stage, OnlineStage) and cfg.reward.terms:
         terms.check_rows(cfg.reward, reading.first_fields(request))
     return []
+
+
+def _looks_at_held_out(stage: TrainStage) -> dict[str, Any]:
+    """What a stage is asked for that needs held-out rows, by its option; false or null: not."""
+    if isinstance(stage, OnlineStage):
+        judges = ("judge_path", "judge_function")
+        return {f"stage.watch.{name}": getattr(stage.watch, name) for name in judges}
+    needs: dict[str, Any] = {"stage.unfreeze.patience": stage.unfreeze.patience}
+    if stage.scheduler is Scheduler.plateau:
+        needs["stage.scheduler"] = stage.scheduler.value
+    if isinstance(stage, OfflineStage):
+        needs["stage.patience"] = stage.patience
+    return needs
 
 
 def tokenizer_of(model: ModelConfig, request: DataRequest) -> Any:

@@ -14,6 +14,7 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_causal_lm
 from rlhf.offline import setup
+from rlhf.offline.held_out import shown_figures
 from rlhf.offline.setup import (
     EXPERTS,
     begin,
@@ -25,12 +26,20 @@ from rlhf.offline.setup import (
     with_adapter,
 )
 from rlhf.offline.trainers import SFT
-from rlhf.offline.training import fit, greedy_samples, make_guard, save_trained, saves_adapter_alone
+from rlhf.offline.training import (
+    fit,
+    greedy_samples,
+    make_guard,
+    save_trained,
+    saves_adapter_alone,
+)
 from rlhf.process import distributed
 from rlhf.process.randomness import seed_everything
 from rlhf.run.context import RunContext
 from rlhf.types import EncodedRows, RowReader
 
+# in the closing panel: what it says, and the figure
+_SHOWN = {"held-out token accuracy": "eval_mean_token_accuracy"}
 adapt_checkpoint = resharding.adapt  # to this launch's ranks, before a resume
 
 
@@ -75,12 +84,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.finish(
             steps=steps,
             metrics=metrics,
-            figures={
-                "held-out loss before": metrics.get("initial/eval_loss"),
-                "held-out loss": metrics["eval_loss"],
-                "held-out token accuracy": metrics["eval_mean_token_accuracy"],
-                "best step": int(metrics["best_step"]),
-            },
+            figures=shown_figures(metrics, _SHOWN),
             next_command=(
                 f"python -m rlhf stage=reward model.path={ctx.model_dir} data.path=<pairs>"
             ),
@@ -105,7 +109,14 @@ def make_trainer(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> SFT:
     )
     args = SFTConfig(
         **trainer_arguments(
-            stage, plan, cfg.engine, cfg.run, cfg.model.dtype, ctx.checkpoint_dir, ctx.resume_from
+            stage,
+            plan,
+            cfg.engine,
+            cfg.run,
+            cfg.model.dtype,
+            ctx.checkpoint_dir,
+            ctx.resume_from,
+            holds_out=rows.held_out is not None,
         ),
         packing=stage.packing,
         eval_packing=False,  # the held-out loss is that of whole rows

@@ -192,6 +192,29 @@ def test_axolotl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cfg.engine.offload.value == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "key"),
+    [("llama_factory", "val_size"), ("axolotl", "val_set_size"), ("swift", None), ("trl", None)],
+)
+def test_files_without_held_out_rows_hold_none_out(
+    toolkit: str, key: str | None, tmp_path: Path
+) -> None:
+    """LLaMA-Factory, axolotl, ms-swift and TRL evaluate nothing where a file does not ask."""
+    path = write(tmp_path, toolkit)
+    text = path.read_text()
+    if key is not None:
+        lines = [line for line in text.splitlines() if not line.startswith(key)]
+        text = "\n".join(lines)
+    path.write_text(text.replace("--eval_strategy steps", ""), encoding="utf-8")
+    assert read(path).options["data.eval_fraction"] == 0
+    if key is None:
+        return
+    path.write_text(f"{text}\n{key}: 0\n", encoding="utf-8")
+    assert read(path).options["data.eval_fraction"] == 0
+    path.write_text(f"{text}\n{key}: 0.2\n", encoding="utf-8")
+    assert read(path).options["data.eval_fraction"] == 0.2
+
+
 def test_an_optimizer_of_8_bits_needs_one_process(tmp_path: Path) -> None:
     text = AXOLOTL.replace(
         "fsdp_config: {offload_params: true, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n", ""

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from conf.schema import ModelConfig, RunConfig
-from rlhf.offline.steps import HeldOutRows, KnownCallbacks, content_hash
+from rlhf.offline.held_out import HeldOutRows, content_hash
+from rlhf.offline.steps import KnownCallbacks
 from tests import drawing
 from tests.offline import trl_tools
 from tests.stages.test_sft_stage import run

@@ -289,6 +289,9 @@ def test_ensemble_puts_members_on_their_held_out_scale(tmp_path: Path) -> None:
     shifted.manifest = replace(shifted.manifest, score_std=0.0)
     with pytest.raises(UserError, match=r"score_std .* 0\.0"):
         EnsembleScorer([single, shifted], Combine.mean, 1.0)
+    shifted.manifest = replace(shifted.manifest, held_out_texts=0)
+    with pytest.raises(UserError, match=r"eval_fraction=0.*data\.eval_path"):
+        EnsembleScorer([single, shifted], Combine.mean, 1.0)
 
 
 # --- from options to scorers
