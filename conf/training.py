@@ -210,6 +210,11 @@ class OfflineStage(TrainStage):
         2048, "Longest prompt and response together.", unit="tokens", at_least=2
     )
     eval_steps: int = option(50, "Steps between evaluations.", unit="steps", at_least=1)
+    save_optimizer: bool = option(
+        True,
+        "Checkpoints hold the optimizer's state; false: they are weights alone, a third of the "
+        "size, and no run can be resumed from them. Needs engine=torch.",
+    )
     patience: int | None = option(
         None,
         "Evaluations without improvement before the run stops; null: it never stops early.",
@@ -221,6 +226,15 @@ class OfflineStage(TrainStage):
     @property
     def first_size(self) -> int:
         return self.batch_size
+
+    def __post_init__(self) -> None:
+        TrainStage.__post_init__(self)
+        check(
+            self.save_optimizer or self.on_nonfinite is not OnNonFinite.rewind,
+            "stage.save_optimizer",
+            self.save_optimizer,
+            "true with on_nonfinite=rewind, which goes back to a checkpoint's optimizer",
+        )
 
 
 @dataclass(slots=True, kw_only=True)

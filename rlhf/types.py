@@ -40,12 +40,13 @@ class Interrupted(Exception):
     (130 after Ctrl-C, 143 after SIGTERM).
     """
 
-    def __init__(self, number: int, step: int, checkpoint: Path) -> None:
+    def __init__(
+        self, number: int, step: int, checkpoint: Path, go_on: str = "Go on with run.resume=true."
+    ) -> None:
         self.code = 128 + number
         name = signal.Signals(number).name
         super().__init__(
-            f"stopped by {name} after step {step}, which is saved in {checkpoint}. Go on with "
-            "run.resume=true."
+            f"stopped by {name} after step {step}, which is saved in {checkpoint}. {go_on}"
         )
 
 

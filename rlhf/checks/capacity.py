@@ -258,6 +258,8 @@ def checkpoint_bytes(
         classifier = isinstance(stage, RewardStage)
         policy = trained_parts(shapes.policy, stage.train, classifier=classifier).parameters
     deepspeed, state = engine is EngineKind.deepspeed, stage.optimizer.state_bytes(1.0, 0.0)
+    if isinstance(stage, OfflineStage) and not stage.save_optimizer:
+        return float(width * whole)
     if not isinstance(stage, OnlineStage):
         masters = 4 if deepspeed else 0
         return (state + masters) * policy + width * whole

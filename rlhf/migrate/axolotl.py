@@ -270,6 +270,7 @@ OWN: tuple[Key, ...] = (
         shared.evaluations,
     ),
     to("save_total_limit", "run.keep_checkpoints", whole),
+    alone("save_only_model", ("stage.save_optimizer",), shared.weights_alone),
     to("early_stopping_patience", "stage.patience", whole),
     alone("optimizer", shared.OPTIMIZER, _optimizer),
     to("gradient_checkpointing", "engine.gradient_checkpointing", lambda v: v not in (False, None)),

@@ -99,9 +99,6 @@ REST: tuple[Key, ...] = (
         """,
     ),
     *missing(
-        "checkpoints hold the optimizer's state, so that they can be resumed", "save_only_model"
-    ),
-    *missing(
         "stage.optimizer has no such one",
         """
         galore_* lisa_* optim_args optim_target_* muon_*

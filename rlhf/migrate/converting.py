@@ -185,12 +185,12 @@ _WITHOUT_ADAPTER = ("adapter.load", "adapter.load_weights", "adapter.merge_on_sa
 _WITHOUT_DROPOUT = ("dpo", "kto", "cpo", "orpo")
 
 
-def _leave_out(result: Migration, option: str, reason: str) -> None:
+def _leave_out(result: Migration, option: str, reason: str, fate: Fate = Fate.idle) -> None:
     """Nothing reads the option, so the keys that set it have no effect."""
     result.options.pop(option, None)
     for at, line in enumerate(result.lines):
         if option in line.answer.options:
-            answer = Answer(Fate.idle, note=reason)
+            answer = Answer(fate, note=reason)
             result.lines[at] = dataclasses.replace(line, answer=answer)
 
 
@@ -215,15 +215,15 @@ def _leave_adapter_out(result: Migration) -> None:
 
 
 def _leave_optimizer_out(result: Migration) -> None:
-    """Under DeepSpeed AdamW alone steps."""
-    engine, key = result.options.get("engine", "torch"), "stage.optimizer"
-    if engine == "torch" or result.options.get(key, "adamw") == "adamw":
+    """Under DeepSpeed AdamW alone steps, and its state is in every checkpoint."""
+    engine = result.options.get("engine", "torch")
+    if engine == "torch":
         return
-    del result.options[key]
-    answer = Answer(Fate.impossible, note=f"with engine={engine} AdamW alone steps, in 32 bits")
-    for at, line in enumerate(result.lines):
-        if key in line.answer.options:
-            result.lines[at] = dataclasses.replace(line, answer=answer)
+    if result.options.get("stage.optimizer", "adamw") != "adamw":
+        note = f"with engine={engine} AdamW alone steps, in 32 bits"
+        _leave_out(result, "stage.optimizer", note, Fate.impossible)
+    note = f"engine={engine} writes weights and optimizer's state together"
+    _leave_out(result, "stage.save_optimizer", note, Fate.impossible)
 
 
 def exists(option: str, stage: str) -> bool:

@@ -126,6 +126,15 @@ def saves(s: Settings) -> Answer:
     return _at_times(s, "save", "stage.save_steps")
 
 
+def weights_alone(s: Settings, value: Any) -> Answer:
+    """save_only_model."""
+    if not flag(value):
+        return Answer(Fate.idle, note="checkpoints hold the optimizer's state, as here")
+    if s.online:
+        return impossible("the online loop's checkpoints hold the optimizer's state")
+    return Answer(Fate.taken, {"stage.save_optimizer": False}, "such a run can't be resumed")
+
+
 def evaluations(s: Settings) -> Answer:
     """eval_strategy with eval_steps, or evals_per_epoch."""
     return _at_times(s, "eval", "stage.eval_steps")

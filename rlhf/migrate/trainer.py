@@ -82,9 +82,7 @@ KEYS: tuple[Key, ...] = (
     to("run_name", "run.name", lambda value: str(value).replace("/", "-")),
     to("overwrite_output_dir", "run.overwrite", flag),
     alone("resume_from_checkpoint", ("run.resume",), lambda s, value: shared.resume(value)),
-    *missing(
-        "checkpoints hold the optimizer's state, so that they can be resumed", "save_only_model"
-    ),
+    alone("save_only_model", ("stage.save_optimizer",), shared.weights_alone),
     to("neftune_noise_alpha", "stage.neftune_alpha", number),
     *missing(
         FUSED,

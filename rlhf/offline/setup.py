@@ -46,6 +46,11 @@ def check(cfg: Config) -> list[str]:
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     check_optimizer(stage.optimizer, cfg.engine)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
+    if not stage.save_optimizer and cfg.engine.kind is EngineKind.deepspeed:
+        raise UserError(
+            "stage.save_optimizer=false: DeepSpeed writes weights and optimizer's state together. "
+            "Leave it out, or set engine=torch."
+        )
     adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
     plan = launch.plan_batches(stage.batch_size, cfg.engine, ranks)
     check_noise(stage, cfg.engine, cfg.model.dtype, plan)
@@ -337,6 +342,7 @@ def trainer_arguments(
         "logging_steps": stage.log_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would log the last finite loss in place of a NaN
+        "save_only_model": not stage.save_optimizer,
         "report_to": "none",
         "disable_tqdm": True,
         **_looks(stage, run.keep_checkpoints, holds_out, starts=resume_from is None),

@@ -46,6 +46,10 @@ from rlhf.types import Interrupted, TrainingDiverged
 LOG = logging.getLogger("rlhf.stages")
 _TIMINGS = ("_runtime", "_per_second")  # how the names of evaluation's timings end
 _SAMPLE_TOKENS = 48
+_WEIGHTS_ALONE = (
+    "It holds weights alone (stage.save_optimizer=false): the run can't be resumed, but a new one "
+    "can start with model.path there."
+)
 
 
 # ---- training ----
@@ -197,6 +201,8 @@ def fit(trainer: StageTrainer, ctx: RunContext) -> tuple[int, dict[str, float]]:
     ctx.tell_found(trainer.model)
     if reporter.signal is not None:
         checkpoint = ctx.checkpoint_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not stage.save_optimizer:
+            raise Interrupted(reporter.signal, state.global_step, checkpoint, _WEIGHTS_ALONE)
         raise Interrupted(reporter.signal, state.global_step, checkpoint)
     first = None if held_out is None else held_out.since
     if held_out is None:

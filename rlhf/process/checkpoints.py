@@ -27,6 +27,8 @@ TORN = "torn"  # folder beside the checkpoints: those that a resumed run passed 
 UNIVERSAL = "universal"
 # ours, and the name that transformers' Trainer gives
 _NAME = re.compile(r"(?:step|checkpoint)-(\d+)")
+# a file in a checkpoint of weights without their optimizer's state
+WEIGHTS_ALONE = "weights_alone.txt"
 _PART = ".part"
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter's lock, so files are hashed side by side
 _STORAGE = (
@@ -106,6 +108,12 @@ def problem(directory: Path) -> str | None:
             None,
         )
     return None if changed is None else f"{changed} is not what was written (another sha256)"
+
+
+def mark_weights_alone(directory: Path) -> None:
+    """Say in a checkpoint, before it is sealed, that no run can go on from it."""
+    text = "Weights without the optimizer's state (stage.save_optimizer=false).\n"
+    (directory / WEIGHTS_ALONE).write_text(text, encoding="utf-8")
 
 
 def numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -233,6 +233,19 @@ def _refuse_other_model(checkpoint: Path, directory: Path, model: ModelConfig) -
         )
 
 
+def _refuse_weights_alone(checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint without its optimizer's state: going on from it would not
+    be a run that never stopped.
+    """
+    if (checkpoint / checkpoints.WEIGHTS_ALONE).is_file():
+        raise UserError(
+            f"run.resume=true: the checkpoint {checkpoint} holds weights alone "
+            "(stage.save_optimizer=false), so the run can't go on as if it had never stopped. "
+            f"Begin a new run (another run.name) with model.path={checkpoint}: a fresh optimizer "
+            "and schedule on these weights."
+        )
+
+
 def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Opened:
     """Bring an existing run back to its newest checkpoint.
 
@@ -241,6 +254,7 @@ def _resume(directory: Path, cfg: Config, adapt: AdaptCheckpoint | None) -> Open
     stored, config = _stored_config(directory / CONFIG_FILE), plain_config(cfg)
     newest = latest_checkpoint(directory)
     if newest is not None:
+        _refuse_weights_alone(newest[0])
         _refuse_other_weights(newest[0], _flat(stored), _flat(config))
         _refuse_other_model(newest[0], directory, cfg.model)
     for change in changed_options(stored, config):

@@ -215,6 +215,20 @@ def test_files_without_held_out_rows_hold_none_out(
     assert read(path).options["data.eval_fraction"] == 0.2
 
 
+def test_checkpoints_of_weights_alone_are_taken_over(tmp_path: Path) -> None:
+    key = "stage.save_optimizer"
+    path = write(tmp_path, "llama_factory", "save_only_model: true")
+    assert read(path).options[key] is False
+    path = write(tmp_path, "llama_factory", "save_only_model: false")
+    assert key not in read(path).options
+    path = write(tmp_path, "axolotl", "save_only_model: true")
+    # fsdp, so ZeRO, which writes both together
+    migration = read(path)
+    assert key not in migration.options
+    [line] = [one for one in migration.lines if one.key == "save_only_model"]
+    assert line.answer.fate is Fate.impossible and "engine=zero3" in line.answer.note
+
+
 def test_an_optimizer_of_8_bits_needs_one_process(tmp_path: Path) -> None:
     text = AXOLOTL.replace(
         "fsdp_config: {offload_params: true, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n", ""
