@@ -14,6 +14,7 @@ from conf.choices import (
     RolloutBackend,
 )
 from conf.options import check, check_options, nested, option
+from conf.schedule import AdamKernels
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +68,12 @@ class ModelConfig:
     gguf_file: str | None = option(
         None, "Name of the GGUF file in model.path; null: the weights are no GGUF file."
     )
+    add_tokens: list[str] = option(
+        [],
+        "Stages that train: tokens that the tokenizer gets; each has a row of the embedding and of "
+        "the head, which starts at the mean of the others.",
+    )
+    add_special_tokens: list[str] = option([], "The same for special tokens.")
     dtype: Dtype = option(
         Dtype.auto, "Number format of the weights; auto: float32 on CPU, bfloat16 on CUDA."
     )
@@ -92,12 +99,6 @@ class ModelConfig:
             and ".." not in self.gguf_file.split("/")
         )
         check(inside, "model.gguf_file", self.gguf_file, "a file's name inside model.path")
-
-
-class AdamKernels(Enum):
-    auto = "auto"
-    torch = "torch"
-    deepspeed = "deepspeed"
 
 
 @dataclass(slots=True, kw_only=True)

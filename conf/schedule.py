@@ -39,6 +39,14 @@ class OptimizerKind(Enum):
         return 4.0 * moments * weights
 
 
+class AdamKernels(Enum):
+    """Whose AdamW steps under DeepSpeed."""
+
+    auto = "auto"
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
 @dataclass(slots=True, kw_only=True)
 class ScheduleConfig:
     """How the learning rate decays; each option is read by the scheduler that it names."""

@@ -28,9 +28,10 @@ from conf.data import DataConfig, GymConfig, MigrateConfig, SourceConfig
 from conf.labelling import LabelConfig, TaskConfig
 from conf.model import EngineConfig, ModelConfig, RolloutConfig, TinyConfig
 from conf.online import OnlineStage
-from conf.options import MISSING, nested, option
+from conf.options import MISSING, check, nested, option
 from conf.reward import EnvironmentConfig, RewardConfig, RewardTerm
 from conf.run import LaunchConfig, RunConfig, TrackingConfig
+from conf.training import TrainStage
 
 __all__ = [
     "GROUPS",
@@ -54,10 +55,12 @@ __all__ = [
     "TaskConfig",
     "TinyConfig",
     "TrackingConfig",
+    "asked_tokens",
     "facts_of",
 ]
 
 _Stage = TypeVar("_Stage")
+_OTHER_STAGES = ("chain", "search", "doctor")  # options of the stages that they start or plan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,7 +90,21 @@ class Config:
         """Learning rates that are left out become the published ones for stage and adapter."""
         for name, task in self.tasks.items():
             task.check(f"tasks.{name}")
+        self._check_tokens()
         published.fill(self.stage, self.adapter.kind)
+
+    def _check_tokens(self) -> None:
+        added = asked_tokens(self.model)
+        once = all(added) and len(set(added)) == len(added)
+        check(once, "model.add_tokens", added, "texts that are not empty, each of them once")
+        stage = getattr(self.stage, "name", None)
+        taken = isinstance(self.stage, TrainStage) or stage in (None, *_OTHER_STAGES)
+        check(
+            taken or not added,
+            "model.add_tokens",
+            added,
+            f"none with stage={stage}: a stage that trains adds them, and its model has them",
+        )
 
     def stage_as(self, kind: type[_Stage]) -> _Stage:
         """The stage's options, typed. Raises TypeError for a stage of another kind."""
@@ -111,6 +128,11 @@ GROUPS: dict[str, type] = {
 
 # Groups whose presets fill items of a dictionary of `Config`; several are chosen as a list.
 ITEM_GROUPS: dict[str, type] = {"task": TaskConfig}
+
+
+def asked_tokens(model: ModelConfig) -> list[str]:
+    """The tokens that the tokenizer gets."""
+    return [*model.add_tokens, *model.add_special_tokens]
 
 
 def generator_of(backend: RolloutBackend) -> RolloutBackend:

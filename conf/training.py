@@ -227,15 +227,6 @@ class OfflineStage(TrainStage):
     def first_size(self) -> int:
         return self.batch_size
 
-    def __post_init__(self) -> None:
-        TrainStage.__post_init__(self)
-        check(
-            self.save_optimizer or self.on_nonfinite is not OnNonFinite.rewind,
-            "stage.save_optimizer",
-            self.save_optimizer,
-            "true with on_nonfinite=rewind, which goes back to a checkpoint's optimizer",
-        )
-
 
 @dataclass(slots=True, kw_only=True)
 class SFTStage(OfflineStage):

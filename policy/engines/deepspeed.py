@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.choices import EngineKind, Offload
-from conf.model import AdamKernels
+from conf.schedule import AdamKernels
 from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings
 from policy.engines.loading import Rates, WaitingAdamW, one_rate, set_rates, zero_config

@@ -258,11 +258,9 @@ def checkpoint_bytes(
         classifier = isinstance(stage, RewardStage)
         policy = trained_parts(shapes.policy, stage.train, classifier=classifier).parameters
     deepspeed, state = engine is EngineKind.deepspeed, stage.optimizer.state_bytes(1.0, 0.0)
-    if isinstance(stage, OfflineStage) and not stage.save_optimizer:
-        return float(width * whole)
     if not isinstance(stage, OnlineStage):
-        masters = 4 if deepspeed else 0
-        return (state + masters) * policy + width * whole
+        kept = state + 4 * deepspeed if getattr(stage, "save_optimizer", True) else 0.0
+        return kept * policy + width * whole
     per_parameter = 4.0 + state + (width if deepspeed else 0)
     size = per_parameter * policy
     if stage.advantage is Advantage.gae:

@@ -7,9 +7,17 @@ from typing import Any
 from conf.adapters import virtual_tokens
 from conf.choices import AdapterKind, ModelKind, RolloutBackend, TermKind
 from conf.reward import EnvironmentKind, RewardConfig
-from conf.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, RolloutConfig
+from conf.schema import (
+    AdapterConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    RolloutConfig,
+    asked_tokens,
+)
+from conf.training import RewardStage, TrainStage
 from rlhf.models.directories import check_model_path, check_native_taken, contents
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import load_tokenizer, without_weights
 from rlhf.models.templates import PROCESSOR, template_text
 from rlhf.process.files import json_object
 from rlhf.types import UserError
@@ -51,6 +59,45 @@ def check_trained(model: ModelConfig) -> None:
     check_model(model)
     if model.path is not None:
         check_native_taken(contents(model.path), taken=False)
+
+
+def check_added_tokens(model: ModelConfig, adapter: AdapterConfig, stage: TrainStage) -> None:
+    """The rows of tokens that are added train: an adapter has to have embedding and head beside it
+    (adapter.save_whole). Raises UserError.
+    """
+    if not asked_tokens(model):
+        return
+    what = f"model.add_tokens={asked_tokens(model)}"
+    if model.gguf_file is not None:
+        raise UserError(f"{what}: a GGUF file's tokenizer can't be added to. Give safetensors.")
+    if adapter.kind is AdapterKind.none:
+        if not stage.train.everything:
+            raise UserError(
+                f"{what}: their rows have to be learned, but stage.train leaves weights out. "
+                "Train all of them (stage.train at its defaults)."
+            )
+        return
+    if model.path is None:
+        raise UserError(f"{what} with an adapter needs model.path. Set it, or adapter=none.")
+    bare = without_weights(model, classifier=isinstance(stage, RewardStage))
+    if bare is None:
+        raise UserError(f"{what} with an adapter needs a model in a directory. Set adapter=none.")
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        raise UserError(
+            f"{what}: embedding and head of {model.path} are one weight (tied embeddings), of "
+            f"which adapter={adapter.kind.value} would train a copy. Set adapter=none."
+        )
+    parts = [part for part in (embedding, head) if part is not None]
+    needed = [name for name, module in bare.named_modules() if any(module is p for p in parts)]
+    ends = [name.rpartition(".")[2] for name in needed]
+    missing = [end for end in ends if end not in adapter.save_whole]
+    if missing:
+        raise UserError(
+            f"{what}: their rows have to be learned, but adapter={adapter.kind.value} trains "
+            f"neither embedding nor head. Set adapter.save_whole=[{','.join(ends)}], or "
+            "adapter=none."
+        )
 
 
 def check_native(paths: Iterable[str | None], backend: RolloutBackend) -> None:

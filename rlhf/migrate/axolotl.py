@@ -20,6 +20,7 @@ from rlhf.migrate.tables import (
     number,
     to,
     whole,
+    whole_or_zero,
 )
 from rlhf.migrate.trainer import (
     alone,
@@ -269,7 +270,13 @@ OWN: tuple[Key, ...] = (
         ("stage.eval_steps",),
         shared.evaluations,
     ),
-    to("save_total_limit", "run.keep_checkpoints", whole),
+    to("save_total_limit", "run.keep_checkpoints", whole_or_zero),
+    alone("tokens", ("model.add_tokens",), shared.tokens("model.add_tokens")),
+    alone(
+        "special_tokens.additional_special_tokens",
+        ("model.add_special_tokens",),
+        shared.tokens("model.add_special_tokens"),
+    ),
     alone("save_only_model", ("stage.save_optimizer",), shared.weights_alone),
     to("early_stopping_patience", "stage.patience", whole),
     alone("optimizer", shared.OPTIMIZER, _optimizer),

@@ -94,7 +94,7 @@ REST: tuple[Key, ...] = (
     *missing(
         "special tokens are the model's",
         """
-        special_tokens.* special_tokens tokens tokens.* eot_tokens added_tokens_overrides
+        special_tokens.* special_tokens tokens.* eot_tokens added_tokens_overrides
         resize_token_embeddings_to_32x
         """,
     ),

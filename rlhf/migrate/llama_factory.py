@@ -198,6 +198,22 @@ def _init(value: Any) -> str:
     return "pissa" if flag(value) else "default"
 
 
+def _tokens(s: Settings) -> Answer:
+    """Added tokens; beside LoRA embedding and head train whole there."""
+    options: dict[str, Any] = {}
+    for key, ours in zip(("add_tokens", "add_special_tokens"), shared.TOKENS, strict=True):
+        if s.get(key) is not None:
+            options[ours] = listing(s.get(key))
+    if not options:
+        return Answer(Fate.idle, note="no tokens are added")
+    if s.schema == "export":
+        return Answer(Fate.idle, note="the trained model has them")
+    lora = str(s.get("finetuning_type")) == "lora"
+    if lora and s.get("additional_target") is None:
+        options["adapter.save_whole"] = ["embed_tokens", "lm_head"]
+    return computed(options, "their rows start at the mean of the others")
+
+
 def _modules(s: Settings, value: Any) -> Answer:
     if str(value) == "all":
         return Answer(Fate.idle, note="all of a layer, as here")
@@ -237,6 +253,11 @@ OWN: tuple[Key, ...] = (
     to("lora_dropout", "adapter.dropout", number),
     to("lora_target", "adapter.targets", shared.targets),
     to("additional_target", "adapter.save_whole", listing),
+    *computes(
+        ("add_tokens", "add_special_tokens", "resize_vocab"),
+        (*shared.TOKENS, "adapter.save_whole"),
+        _tokens,
+    ),
     to("use_dora", "adapter.dora", flag),
     to("use_rslora", "adapter.rslora", flag),
     to("loraplus_lr_ratio", "adapter.rate_ratio", number),

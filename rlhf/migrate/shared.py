@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.migrate.tables import Answer, Fate, Settings, flag, listing, number, whole
+from rlhf.migrate.tables import Answer, Convert, Fate, Settings, flag, listing, number, whole
 
 BATCH = ("stage.batch_size", "engine.micro_batch_size")
 BATCH_ONLINE = ("stage.prompts_per_step", "stage.minibatches", "stage.samples_per_prompt")
@@ -294,6 +294,22 @@ def optimizer(name: Any) -> Answer:
 
 
 # ---- model, adapter, engine ----
+
+TOKENS = ("model.add_tokens", "model.add_special_tokens")
+
+
+def tokens(option: str) -> Convert:
+    """Tokens that the tokenizer gets."""
+
+    def convert(s: Settings, value: Any) -> Answer:
+        given = listing(value)
+        if not given:
+            return Answer(Fate.idle, note="none")
+        if any(token.endswith(".txt") for token in given):
+            return impossible("tokens of a file: write them into the list")
+        return Answer(Fate.taken, {option: given}, "their rows start at the mean of the others")
+
+    return convert
 
 
 def dtype(s: Settings) -> Answer:

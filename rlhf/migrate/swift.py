@@ -194,6 +194,11 @@ OWN: tuple[Key, ...] = (
     to("lora_dropout", "adapter.dropout", number),
     to("target_modules", "adapter.targets", listing),
     to("modules_to_save", "adapter.save_whole", listing),
+    alone(
+        "new_special_tokens",
+        ("model.add_special_tokens",),
+        shared.tokens("model.add_special_tokens"),
+    ),
     to("use_rslora", "adapter.rslora", flag),
     to("use_dora", "adapter.dora", flag),
     to("lorap_lr_ratio", "adapter.rate_ratio", number),

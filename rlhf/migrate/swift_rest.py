@@ -48,7 +48,7 @@ REST: tuple[Key, ...] = (
         offload_teacher_model
         """,
     ),
-    *missing("tokens can't be added", "new_special_tokens", "stop_words"),
+    *missing("answers end with the model's own end tokens", "stop_words"),
     *missing("the reference is the start of the run", "ref_model", "ref_*"),
     *missing(
         "the model's own chat template is used",

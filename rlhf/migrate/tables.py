@@ -212,6 +212,11 @@ def whole(value: Any) -> int:
     return int(read)
 
 
+def whole_or_zero(value: Any) -> int:
+    """A whole number, 0 for what other toolkits write as 0 or less: no limit."""
+    return max(0, whole(value))
+
+
 def flag(value: Any) -> bool:
     """True or false. Raises ValueError."""
     text = str(value).lower()

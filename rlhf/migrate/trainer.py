@@ -16,6 +16,7 @@ from rlhf.migrate.tables import (
     number,
     to,
     whole,
+    whole_or_zero,
 )
 
 WORKERS = "how rows are read is decided inside"
@@ -70,7 +71,7 @@ KEYS: tuple[Key, ...] = (
         ("stage.eval_steps", "data.eval_fraction"),
         shared.evaluations,
     ),
-    to("save_total_limit", "run.keep_checkpoints", whole),
+    to("save_total_limit", "run.keep_checkpoints", whole_or_zero),
     alone("optim", shared.OPTIMIZER, lambda s, value: shared.optimizer(value)),
     *computes(("bf16", "fp16"), ("model.dtype",), shared.dtype),
     to("gradient_checkpointing", "engine.gradient_checkpointing", flag),

@@ -9,9 +9,13 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from tokenizers import AddedToken
+
+from conf.schema import ModelConfig, asked_tokens
 from rlhf.models.directories import readable
 from rlhf.models.turns import (
     EMBEDDING_ROWS,
@@ -103,6 +107,82 @@ def attach_rows(tokenizer: Any, config: Mapping[str, Any], what: str) -> None:
             "read. Give the model its own tokenizer, or resize it "
             "(model.resize_token_embeddings(len(tokenizer)) of transformers, then save both)."
         )
+
+
+# ---- tokens that a stage adds ----
+
+_ADDED = "_rlhf_added_tokens"  # on a tokenizer: what `add_tokens` did
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTokens:
+    """What ``model.add_tokens`` and ``model.add_special_tokens`` did to a tokenizer."""
+
+    place: str | None  # model.path
+    new: dict[str, int]  # ids by token
+    known: list[str]  # tokens that were there
+
+
+def add_tokens(tokenizer: Any, model: ModelConfig) -> None:
+    """Give `tokenizer`, that of ``model.path``, the tokens that `model` asks for. Raises UserError
+    where it has entries without a row in the embedding.
+    """
+    if not asked_tokens(model):
+        return
+    if EMBEDDING_ROWS in vars(tokenizer):
+        raise UserError(
+            f"model.add_tokens: the tokenizer of model.path={model.path} has tokens for images or "
+            "sounds that the model has no rows for, so the rows of new ones would not be theirs. "
+            "Leave model.add_tokens and model.add_special_tokens out."
+        )
+    before = tokenizer.get_vocab()
+    asked = asked_tokens(model)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in model.add_tokens])
+    special = [AddedToken(token, special=True) for token in model.add_special_tokens]
+    tokenizer.add_tokens(special, special_tokens=True)
+    after = tokenizer.get_vocab()
+    new = {token: after[token] for token in asked if token not in before}
+    known = [token for token in asked if token in before]
+    vars(tokenizer)[_ADDED] = AddedTokens(model.path, new, known)
+
+
+def added_tokens(tokenizer: Any) -> AddedTokens | None:
+    """What `add_tokens` did; None where no tokens were asked for."""
+    found: AddedTokens | None = vars(tokenizer).get(_ADDED)
+    return found
+
+
+def make_rows(model: Any, tokenizer: Any, place: str | None) -> None:
+    """Rows of `model`, which was read from `place`, for the tokens that `add_tokens` added. Each is
+    the mean of those that are known: the same in every copy of the model, where transformers would
+    draw it (mean_resizing). Other rows, those of a model that has trained them too, stay.
+    """
+    added = added_tokens(tokenizer)
+    if added is None or not added.new:
+        return
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    needed = max(added.new.values()) + 1
+    # rows that pad the embedding may be there already
+    ids = [i for i in added.new.values() if i >= rows or place == added.place]
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    if not ids:
+        return
+    first = min(added.new.values())
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for layer in layers:
+        if layer is None:
+            continue
+        for weight in (layer.weight, getattr(layer, "bias", None)):
+            if weight is not None:
+                known = weight.data[: min(first, rows)]
+                weight.data[ids] = known.float().mean(dim=0).to(weight.dtype)
+
+
+def make_room(model: Any, rows: int | None) -> None:
+    """Give the embedding as many rows as an adapter brings that was trained with new tokens."""
+    if rows is not None and rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
 
 
 def set_ends(model: Any, tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from conf.choices import Dtype, ModelKind
-from conf.schema import ModelConfig, TinyConfig
+from conf.schema import ModelConfig, TinyConfig, asked_tokens
 from rlhf.models import facts
 from rlhf.models.directories import (
     CLASSIFIER,
@@ -102,6 +102,7 @@ def load_tokenizer(cfg: ModelConfig, chat_template: str | None = None) -> Any:
         tokenizer.chat_template = template_text(chat_template)
     if not cfg.gguf_file:
         _attach_files(tokenizer, held)
+    facts.add_tokens(tokenizer, cfg)
     return tokenizer
 
 
@@ -112,7 +113,7 @@ def _attach_files(tokenizer: Any, held: Contents) -> None:
     rows = [embedding_rows(adapter) for adapter in held.adapters]
     brought = max((count for count in rows if count is not None), default=0)
     if brought > config.get("vocab_size", 0):
-        config |= {"vocab_size": brought}  # `_make_room` gives it as many
+        config |= {"vocab_size": brought}  # `facts.make_room` gives it as many
     facts.attach_rows(tokenizer, config, f"model.path={held.path}")
 
 
@@ -127,6 +128,7 @@ def load_or_train_tokenizer(
     tokenizer = train_tokenizer(texts, cfg.tiny.vocab_size, cfg.tiny.max_positions)
     if chat_template is not None:
         tokenizer.chat_template = template_text(chat_template)
+    facts.add_tokens(tokenizer, cfg)
     return tokenizer
 
 
@@ -153,11 +155,13 @@ def tiny_config(tiny: TinyConfig, tokenizer: Any = None) -> Any:
     )
 
 
-def _clean(model: Any, tokenizer: Any) -> Any:
-    """`model` without leftovers of a GGUF file that save_pretrained or vLLM can't handle, with the
-    tokenizer's special tokens. The padding token stays the model's, since some families (XGLM,
-    RoBERTa) count positions from it; transformers' classifiers look for a row's end by it.
+def _clean(model: Any, tokenizer: Any, place: str | None = None) -> Any:
+    """`model`, read from `place`, without leftovers of a GGUF file that save_pretrained or vLLM
+    can't handle, with rows for added tokens and the tokenizer's special tokens. The padding token
+    stays the model's, since some families (XGLM, RoBERTa) count positions from it; transformers'
+    classifiers look for a row's end by it.
     """
+    facts.make_rows(model, tokenizer, place)
     has_config = getattr(model.config, "quantization_config", None) is not None
     if has_config and not getattr(model, "is_quantized", False):
         del model.config.quantization_config
@@ -211,7 +215,7 @@ def load_causal_lm(
     held = check_model_path(path)
     check_native_taken(held, native)
     model = _language_model(cfg, held)
-    _clean(base_model(model), tokenizer)
+    _clean(base_model(model), tokenizer, path)
     return model
 
 
@@ -241,18 +245,11 @@ def _merged(model: Any, adapter: Adapter, held: Contents) -> Any:
     with readable(f"the adapter {name}"), warnings.catch_warnings():
         # PEFT would fill missing weights with random numbers.
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        _make_room(model, adapter)
+        facts.make_room(model, embedding_rows(adapter))
         adapted = PeftModel.from_pretrained(model, str(adapter.directory))
         if adapter.is_native:
             return adapted
         return adapted.merge_and_unload().requires_grad_(True)
-
-
-def _make_room(model: Any, adapter: Adapter) -> None:
-    """Give the embedding as many rows as an adapter brings that was trained with new tokens."""
-    rows = embedding_rows(adapter)
-    if rows is not None and rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows)
 
 
 def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None:
@@ -279,9 +276,12 @@ def without_weights(cfg: ModelConfig, *, classifier: bool = False) -> Any | None
 
 def starts_whole(cfg: ModelConfig) -> bool:
     """Whether ``cfg.path`` holds whole weights, from which transformers, PEFT and vLLM all start;
-    adapters, GGUF files and a new ``model=tiny`` have to be written out first (`write_whole`).
+    adapters, GGUF files, added tokens and a new ``model=tiny`` have to be written out first
+    (`write_whole`).
     """
-    return cfg.path is not None and cfg.gguf_file is None and contents(cfg.path).loads_as_it_is
+    if cfg.path is None or cfg.gguf_file is not None or asked_tokens(cfg):
+        return False
+    return contents(cfg.path).loads_as_it_is
 
 
 def write_whole(model: Any, tokenizer: Any, directory: str | Path) -> str:
@@ -344,7 +344,7 @@ def load_classifier(
     held = check_model_path(path)
     check_native_taken(held, native)
     model = _classifier(cfg, held)
-    _clean(base_model(model), tokenizer)
+    _clean(base_model(model), tokenizer, path)
     return model
 
 

@@ -14,8 +14,16 @@ import torch
 
 from conf import published
 from conf.adapters import virtual_tokens
-from conf.choices import AdapterKind, Dtype, EngineKind
-from conf.schema import AdapterConfig, Config, EngineConfig, ModelConfig, RunConfig, facts_of
+from conf.choices import AdapterKind, Dtype, EngineKind, OnNonFinite
+from conf.schema import (
+    AdapterConfig,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    RunConfig,
+    asked_tokens,
+    facts_of,
+)
 from conf.stages import KTOStage, OfflineStage, PreferenceStage, RewardStage, SFTStage
 from policy import adapters
 from policy.adapters import Rows, spaced
@@ -46,11 +54,7 @@ def check(cfg: Config) -> list[str]:
     launch.check_engine(cfg.engine, dry_run=cfg.run.dry_run)
     check_optimizer(stage.optimizer, cfg.engine)
     check_extensions(cfg.engine, waits=stage.unfreeze.on)
-    if not stage.save_optimizer and cfg.engine.kind is EngineKind.deepspeed:
-        raise UserError(
-            "stage.save_optimizer=false: DeepSpeed writes weights and optimizer's state together. "
-            "Leave it out, or set engine=torch."
-        )
+    check_saved(stage, cfg.engine.kind)
     adapters.check_budget(cfg.adapter, cfg.engine, stage.patience)
     plan = launch.plan_batches(stage.batch_size, cfg.engine, ranks)
     check_noise(stage, cfg.engine, cfg.model.dtype, plan)
@@ -58,6 +62,7 @@ def check(cfg: Config) -> list[str]:
     launch.check_micro_tokens(stage, cfg.engine)
     launch.check_nonfinite(stage.on_nonfinite, cfg.engine, cfg.model.dtype)
     inputs.check_trained(cfg.model)
+    inputs.check_added_tokens(cfg.model, cfg.adapter, stage)
     trains_head = _trains_head(stage)
     task = _task(stage)
     adapters.check(cfg.model, cfg.adapter, task=task, trains_head=trains_head, stage=stage)
@@ -69,6 +74,22 @@ def check(cfg: Config) -> list[str]:
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
     notes += inputs.padding_note(cfg.model.path, tokenizer)
     return notes + inputs.rope_note(cfg.model, stage.max_length, ahead)
+
+
+def check_saved(stage: OfflineStage, engine: EngineKind) -> None:
+    """Checkpoints of weights alone are asked for where they are possible. Raises UserError."""
+    if stage.save_optimizer:
+        return
+    if engine is EngineKind.deepspeed:
+        raise UserError(
+            "stage.save_optimizer=false: DeepSpeed writes weights and optimizer's state together. "
+            "Leave it out, or set engine=torch."
+        )
+    if stage.on_nonfinite is OnNonFinite.rewind:
+        raise UserError(
+            "stage.save_optimizer=false with stage.on_nonfinite=rewind, which goes back to the "
+            "optimizer of a checkpoint. Leave one of them out."
+        )
 
 
 def check_noise(
@@ -176,7 +197,7 @@ def with_adapter(
         missing = distributed.broadcast(not (start / "config.json").exists())
         if missing:
             save_model(model, tokenizer, start)
-    elif needs_base or trains_on_adapter(source.path, adapter):
+    elif needs_base or asked_tokens(source) or trains_on_adapter(source.path, adapter):
         base = str(start)
         if distributed.is_main() and not (start / "config.json").exists():
             with replacing(start) as side:

@@ -193,6 +193,8 @@ class Guard:
         """Write the counts and the spikes' windows into a checkpoint."""
         state = {"brake": self.brake.state_dict(), "skipped": self.skipped, "rewinds": self.rewinds}
         (directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        if not self.stage.save_optimizer:
+            checkpoints.mark_weights_alone(directory)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote; counts that a rewind has raised since stay."""

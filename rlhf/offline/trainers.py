@@ -309,8 +309,6 @@ class StageTrainer(PrivateHooks):
             if distributed.is_main():
                 self.guard.save(directory)
                 save_tending(self.model, directory)
-                if self.args.save_only_model:
-                    checkpoints.mark_weights_alone(directory)
                 resharding.record(directory, self.engine)
                 checkpoints.seal(directory)
                 checkpoints.clear_universal(folder)

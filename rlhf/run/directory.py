@@ -190,7 +190,7 @@ def _refuse_other_weights(
     """A checkpoint's weights and optimizer fit one adapter, one choice of weights that train, and
     one size of ``model=tiny``. Raises UserError for options, by dotted key, that ask for another.
     """
-    keys = ["adapter.kind", "stage.critic_adapter"]
+    keys = ["adapter.kind", "stage.critic_adapter", "model.add_tokens", "model.add_special_tokens"]
     keys += [key for key in config if key.startswith(_PARTS)]
     if stored.get("adapter.kind") != AdapterKind.none.value or stored.get("stage.critic_adapter"):
         adapter = [key for key in config if key.startswith("adapter.")]

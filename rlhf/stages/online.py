@@ -71,6 +71,7 @@ def check(cfg: Config) -> list[str]:
     inputs.check_virtual_tokens(cfg.adapter, cfg.engine)
     adapters.check_budget(cfg.adapter, cfg.engine)
     inputs.check_trained(cfg.model)
+    inputs.check_added_tokens(cfg.model, cfg.adapter, stage)
     adapters.check(cfg.model, cfg.adapter, task="CAUSAL_LM", stage=stage)
     if launch.runs_vllm(cfg.rollout.backend):
         carrier = carrier_of(cfg.rollout, cfg.adapter)

@@ -4,6 +4,7 @@ No stage of its own. rlhf/cli/command.py gives this module to the stages, so tha
 no format of a file.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,13 @@ from rlhf.checks import inputs
 from rlhf.data import reading
 from rlhf.data.reading import DataRequest
 from rlhf.data.sources import data_files
+from rlhf.models.facts import added_tokens
 from rlhf.models.loading import load_or_train_tokenizer
+from rlhf.process import distributed
 from rlhf.rows import pairs, preferences, sft
 from rlhf.types import EncodedPrompts, EncodedRows, Prompt
+
+LOG = logging.getLogger("rlhf.stages")
 
 
 def check(cfg: Config) -> list[str]:
@@ -52,7 +57,18 @@ def _looks_at_held_out(stage: TrainStage) -> dict[str, Any]:
 def tokenizer_of(model: ModelConfig, request: DataRequest) -> Any:
     """The model's tokenizer; a tiny model's is trained on the stage's rows. Raises UserError."""
     texts = reading.stage_texts(request)
-    return load_or_train_tokenizer(model, request.data.chat_template, texts)
+    tokenizer = load_or_train_tokenizer(model, request.data.chat_template, texts)
+    added = added_tokens(tokenizer)
+    if added is not None and distributed.is_main():
+        LOG.info("model.add_tokens: %d tokens are new", len(added.new))
+        if added.known:
+            LOG.warning(
+                "model.add_tokens: %d tokens are in the vocabulary already, and keep their rows: "
+                "%s",
+                len(added.known),
+                ", ".join(map(repr, added.known[:8])),
+            )
+    return tokenizer
 
 
 def read_rows(cfg: Config, micro: int) -> EncodedRows:

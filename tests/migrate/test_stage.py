@@ -215,13 +215,36 @@ def test_files_without_held_out_rows_hold_none_out(
     assert read(path).options["data.eval_fraction"] == 0.2
 
 
+def test_added_tokens_are_taken_over(tmp_path: Path) -> None:
+    path = write(tmp_path, "llama_factory", "\nadd_tokens: <a>,<b>\nresize_vocab: true")
+    options = read(path).options
+    assert options["model.add_tokens"] == ["<a>", "<b>"]
+    assert options["adapter.save_whole"] == ["embed_tokens", "lm_head"]
+    path = write(tmp_path, "axolotl", '\ntokens: ["<a>"]')
+    more = 'pad_token: "<pad>", additional_special_tokens: ["<|b|>"]'
+    path.write_text(path.read_text().replace('pad_token: "<pad>"', more))
+    options = read(path).options
+    assert options["model.add_tokens"] == ["<a>"]
+    assert options["model.add_special_tokens"] == ["<|b|>"]
+    path = write(tmp_path, "swift")
+    path.write_text(path.read_text().rstrip() + " --new_special_tokens '<a>' '<b>'\n")
+    assert read(path).options["model.add_special_tokens"] == ["<a>", "<b>"]
+    path.write_text(path.read_text().replace("'<a>' '<b>'", "more.txt"))
+    assert "model.add_special_tokens" not in read(path).options
+
+
+def test_all_checkpoints_stay_where_the_limit_is_below_1(tmp_path: Path) -> None:
+    path = write(tmp_path, "llama_factory", "\nsave_total_limit: -1")
+    assert read(path).options["run.keep_checkpoints"] == 0
+
+
 def test_checkpoints_of_weights_alone_are_taken_over(tmp_path: Path) -> None:
     key = "stage.save_optimizer"
-    path = write(tmp_path, "llama_factory", "save_only_model: true")
+    path = write(tmp_path, "llama_factory", "\nsave_only_model: true")
     assert read(path).options[key] is False
-    path = write(tmp_path, "llama_factory", "save_only_model: false")
+    path = write(tmp_path, "llama_factory", "\nsave_only_model: false")
     assert key not in read(path).options
-    path = write(tmp_path, "axolotl", "save_only_model: true")
+    path = write(tmp_path, "axolotl", "\nsave_only_model: true")
     # fsdp, so ZeRO, which writes both together
     migration = read(path)
     assert key not in migration.options

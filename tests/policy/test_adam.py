@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conf.choices import EngineKind, Offload
-from conf.model import AdamKernels
+from conf.schedule import AdamKernels
 from conf.schema import EngineConfig
 from policy.engines import deepspeed
 from policy.engines.loading import WaitingAdamW
