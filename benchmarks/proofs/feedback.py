@@ -34,41 +34,16 @@ from typing import Any
 
 import httpx
 
-from benchmarks.gateway import TOKEN, Running, gateway
+from benchmarks.gateway import Running, gateway
 from benchmarks.proofs.common import Check, report
+from benchmarks.proofs.feedback_users import Users, asked, on_topic, preferred, questions
 from benchmarks.served import Models, serving
 from benchmarks.shared import exit_code, module, write_rows
 
 NAME = "mine"
 MOST_TOKENS = 12
-_CLIENT = {"authorization": f"Bearer {TOKEN}"}
-_THINGS = ("tea", "rain", "music", "bread", "chess", "snow", "the sea", "old films", "maps", "cats")
-_WHERE = ("at home", "in town", "at night", "in spring", "with friends", "alone", "on trains")
 _WARM, _COLD = "gladly: {} is lovely", "no: {} is dull"
-WRONG, SILENT = 0.1, 0.1  # of choices; of users
 _SETTLE_S = 60.0
-
-
-def questions() -> tuple[list[str], list[str]]:
-    """Topics that users ask about, and held-out ones: no pair of thing and place is in both."""
-    every = [f"{thing} {where}" for thing in _THINGS for where in _WHERE]
-    random.Random(0).shuffle(every)
-    return every[:-20], every[-20:]
-
-
-def asked(topic: str) -> list[dict[str, str]]:
-    """The conversation of a question."""
-    return [{"role": "user", "content": f"say something about {topic}"}]
-
-
-def preferred(text: str) -> bool:
-    """What the users like, which nothing else knows."""
-    return text.startswith("gladly")
-
-
-def on_topic(topic: str, text: str) -> bool:
-    """Whether an answer names what was asked about: what training may not lose."""
-    return topic.rsplit(maxsplit=1)[-1] in text and topic.split(maxsplit=1)[0] in text
 
 
 def training_rows(seed: int, count: int) -> list[dict[str, Any]]:
@@ -174,62 +149,7 @@ class Loop:
         return figures
 
 
-# ---- users ----
-
-
-class Users:
-    """Simulated users of a gateway."""
-
-    def __init__(self, url: str, seed: int) -> None:
-        self._client = httpx.Client(base_url=url, headers=_CLIENT, trust_env=False, timeout=60)
-        self._drawn = random.Random(f"users/{seed}")
-        self.failed = 0
-
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._client.post(path, json=body)
-        if answer.status_code != httpx.codes.OK:
-            self.failed += 1
-            raise RuntimeError(f"{path}: {answer.status_code} {answer.text}")
-        content: dict[str, Any] = answer.json()
-        return content
-
-    def ask(self, user: str, count: int = 1) -> tuple[str, list[str]]:
-        """An answer's id and its choices."""
-        topic = self._drawn.choice(questions()[0])
-        body = {"model": NAME, "messages": asked(topic), "user": user, "n": count}
-        content = self._post("/v1/chat/completions", body)
-        return content["id"], [choice["message"]["content"] for choice in content["choices"]]
-
-    def _says(self, liked: bool) -> bool:
-        return liked != (self._drawn.random() < WRONG)
-
-    def choose(self, user: str) -> None:
-        """The better of two answers, where the user sees a difference."""
-        answer, texts = self.ask(user, 2)
-        likes = [preferred(text) for text in texts]
-        if likes[0] == likes[1]:
-            return
-        better = likes.index(self._says(True))
-        said = {"answer": answer, "user": user, "index": better, "over": {"index": 1 - better}}
-        said["consent"] = self._drawn.random() >= SILENT
-        self._post("/v1/feedback", said)
-
-    def judge(self, user: str) -> None:
-        """A thumb."""
-        answer, (text,) = self.ask(user)
-        thumb = "up" if self._says(preferred(text)) else "down"
-        self._post("/v1/feedback", {"answer": answer, "user": user, "thumb": thumb})
-
-    def state(self) -> dict[str, Any]:
-        """What the operator sees."""
-        content: dict[str, Any] = self._client.get("/operator/state").json()
-        return content
-
-    def arms(self, arms: dict[str, Any]) -> None:
-        """Other arms."""
-        answer = self._client.put("/operator/arms", json=arms)
-        if answer.status_code != httpx.codes.OK:
-            raise RuntimeError(answer.text)
+# ---- the proof ----
 
 
 def until(what: str, is_so: Callable[[], bool]) -> None:
@@ -239,9 +159,6 @@ def until(what: str, is_so: Callable[[], bool]) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"{what}: not within {_SETTLE_S:g} s")
         time.sleep(0.1)
-
-
-# ---- the proof ----
 
 
 @dataclass
@@ -271,7 +188,7 @@ def prove(runs: Path, seed: int) -> Found:
         arm = {"url": url, "model": f"{NAME}-{{version}}", "version": f"{NAME}@production"}
         quoted = {**arm, "model": f"'{arm['model']}'"}
         with gateway(runs, {"live": quoted}, "stage.poll_s=0.2") as running:
-            users = Users(running.url, seed)
+            users = Users(running.url, NAME, seed)
             for number in range(120):
                 for _ in range(2):
                     users.choose(f"early {number}")
@@ -321,7 +238,7 @@ def _test(users: Users, url: str, found: Found) -> None:
 def _under_load(loop: Loop, running: Running, users: Users, found: Found) -> None:
     """The alias goes to the new version and back, while others ask without a pause."""
     stop = threading.Event()
-    crowd = [Users(running.url, 1000 + number) for number in range(4)]
+    crowd = [Users(running.url, NAME, 1000 + number) for number in range(4)]
     counts = [0] * len(crowd)
 
     def ask(place: int) -> None:
