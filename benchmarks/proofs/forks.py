@@ -1,5 +1,5 @@
 """Stages as forks of one process that has imported the libraries, so that a run of seconds does not
-pay 7 s of imports.
+pay 7 s of imports. They draw no plots, which would be a fifth of such a run.
 
     python -m benchmarks.proofs.forks SOCKET            serves until its parent ends
     python -S -E benchmarks/proofs/forks.py SOCKET ...  runs `python -m rlhf ...` there
@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 _POLL_S = 0.02
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -67,16 +68,23 @@ def serve(path: str) -> None:
 
 def _import_all() -> None:
     """What a stage=sft imports, without starting a thread."""
-    import matplotlib.backends.backend_agg  # noqa: F401
-
     import rlhf.__main__
+    from rlhf.cli import config
     from rlhf.process import distributed
     from rlhf.process.libraries import quiet_libraries
+    from rlhf.run import plots
 
     distributed.name_accelerator()
     quiet_libraries()
     for name in ("methods", "rows", "memory", "sft"):
         rlhf.__main__.stage_modules(name)
+    config.compose(["stage=sft"])  # the first one takes twice as long
+    plots.plot_run = _no_plots
+
+
+def _no_plots(directory: Path) -> list[Path]:
+    """In place of a run's plots."""
+    return []
 
 
 def _accept(listener: socket.socket) -> _Fork | None:

@@ -49,7 +49,9 @@ def chances(proxy: Sequence[float], n: int) -> Array:
     if not 1 <= n <= count:
         raise ValueError(f"expected n between 1 and {count}, found {n}")
     whole = math.comb(count, n)
-    by_rank = np.array([math.comb(i, n - 1) / whole for i in range(count)])
+    by_rank = np.empty(count)
+    for rank in range(count):
+        by_rank[rank] = math.comb(rank, n - 1) / whole
     # answers with equal proxies share the chances of their ranks
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(sizes)
@@ -62,7 +64,9 @@ def powers_of_two(most: int) -> tuple[int, ...]:
     out = [1]
     while out[-1] * 2 <= most:
         out.append(out[-1] * 2)
-    return tuple(out if out[-1] == most else [*out, most])
+    if out[-1] < most:
+        out.append(most)
+    return tuple(out)
 
 
 def best_of_n(
@@ -78,27 +82,35 @@ def best_of_n(
     if not proxy:
         raise ValueError("expected at least one prompt")
     ns = powers_of_two(min(len(values) for values in proxy))
-    by_prompt = np.zeros((2, len(proxy), len(ns)))
+    prompts = len(proxy)
+    by_proxy = np.zeros((prompts, len(ns)))
+    by_judge = np.zeros((prompts, len(ns)))
     for row, (values, gold) in enumerate(zip(proxy, judge, strict=True)):
         for column, n in enumerate(ns):
             weights = chances(values, n)
-            by_prompt[0, row, column] = weights @ np.asarray(values, dtype=np.float64)
-            by_prompt[1, row, column] = weights @ np.asarray(gold, dtype=np.float64)
+            by_proxy[row, column] = weights @ np.asarray(values, dtype=np.float64)
+            by_judge[row, column] = weights @ np.asarray(gold, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(proxy), np.full(len(proxy), 1 / len(proxy)), size=resamples)
-    draws = []
-    for values_of in by_prompt:
-        again = drawn @ values_of / len(proxy)
-        draws.append(np.concatenate([values_of.mean(axis=0, keepdims=True), again]))
+    alike = np.full(prompts, 1 / prompts)
+    drawn = rng.multinomial(prompts, alike, size=resamples)  # [resamples, prompts]
+    proxy_draws = _means(by_proxy, drawn)
+    judge_draws = _means(by_judge, drawn)
     return Curve(
         ns,
         tuple(kl_of_best(n) for n in ns),
-        tuple(_interval(column) for column in draws[0].T),
-        tuple(_interval(column) for column in draws[1].T),
-        len(proxy),
-        judge_draws=draws[1],
-        proxy_draws=draws[0],
+        tuple(_interval(column) for column in proxy_draws.T),
+        tuple(_interval(column) for column in judge_draws.T),
+        prompts,
+        judge_draws=judge_draws,
+        proxy_draws=proxy_draws,
     )
+
+
+def _means(values: Array, drawn: NDArray[np.int64]) -> Array:
+    """[1 + resamples, n]: the mean over the prompts, as measured and in each resample."""
+    measured = values.mean(axis=0, keepdims=True)
+    again = drawn @ values / len(values)
+    return np.concatenate([measured, again])
 
 
 def _interval(values: Array) -> Interval:

@@ -59,23 +59,27 @@ def calibration(
     given = np.asarray(margins, dtype=np.float64)
     if not len(given):
         raise ValueError("expected at least one pair")
+    pairs = len(given)
     scaled = given / temperature
-    sure, right = _confidence(scaled), np.where(given == 0, 0.5, given > 0)
+    sure = _confidence(scaled)
+    right = np.where(given == 0, 0.5, given > 0)
     number = _bin(sure, bins)
-    squared, loss = (1 - _sigmoid(scaled)) ** 2, np.logaddexp(0, -scaled)
+    squared = (1 - _sigmoid(scaled)) ** 2
+    loss = np.logaddexp(0, -scaled)
     rng = np.random.default_rng(seed)
     draws = np.empty((3, resamples))
     for column in range(resamples):
-        rows = rng.integers(0, len(given), len(given))
-        error = _ece(sure[rows], right[rows], number[rows], bins)
-        draws[:, column] = error, squared[rows].mean(), loss[rows].mean()
+        rows = rng.integers(0, pairs, pairs)
+        draws[0, column] = _ece(sure[rows], right[rows], number[rows], bins)
+        draws[1, column] = squared[rows].mean()
+        draws[2, column] = loss[rows].mean()
     chance = []
     for _ in range(_DRAWS):
-        outcome = (rng.random(len(sure)) < sure).astype(np.float64)
+        outcome = (rng.random(pairs) < sure).astype(np.float64)
         chance.append(_ece(sure, outcome, number, bins))
     return Calibration(
         temperature,
-        len(given),
+        pairs,
         _around(_ece(sure, right, number, bins), draws[0]),
         float(np.mean(chance)),
         _around(float(squared.mean()), draws[1]),
@@ -107,9 +111,14 @@ def halves(groups: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
     """Two halves of the rows, by drawn groups (prompts), so that no group is in both."""
     names = sorted(set(groups))
     order = np.random.default_rng(seed).permutation(len(names))
-    first = {names[i] for i in order[: len(names) // 2]}
-    one = [i for i, name in enumerate(groups) if name in first]
-    other = [i for i, name in enumerate(groups) if name not in first]
+    half = len(names) // 2
+    first = {names[i] for i in order[:half]}
+    one, other = [], []
+    for i, name in enumerate(groups):
+        if name in first:
+            one.append(i)
+        else:
+            other.append(i)
     return one, other
 
 
@@ -128,7 +137,8 @@ def calibrated(
 
 
 def _sigmoid(values: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-np.clip(values, -500, 500))))
+    clipped = np.clip(values, -500, 500)  # exp would overflow
+    return np.asarray(1 / (1 + np.exp(-clipped)))
 
 
 def _confidence(scaled: Array) -> Array:
@@ -136,7 +146,8 @@ def _confidence(scaled: Array) -> Array:
 
 
 def _bin(sure: Array, bins: int) -> NDArray[np.int64]:
-    return np.minimum(((sure - 0.5) * 2 * bins).astype(np.int64), bins - 1)
+    place = (sure - 0.5) * 2 * bins
+    return np.minimum(place.astype(np.int64), bins - 1)
 
 
 def _ece(sure: Array, right: Array, number: NDArray[np.int64], bins: int) -> float:
@@ -149,10 +160,13 @@ def _bins(sure: Array, right: Array, number: NDArray[np.int64], bins: int) -> tu
     for i in range(bins):
         rows = number == i
         count = int(rows.sum())
-        if count:
-            low, high = 0.5 + i / (2 * bins), 0.5 + (i + 1) / (2 * bins)
-            share = wilson(float(right[rows].mean()), count)
-            out.append(Bin(low, high, count, float(sure[rows].mean()), share))
+        if count == 0:
+            continue
+        low = 0.5 + i / (2 * bins)
+        high = 0.5 + (i + 1) / (2 * bins)
+        confidence = float(sure[rows].mean())
+        share = wilson(float(right[rows].mean()), count)
+        out.append(Bin(low, high, count, confidence, share))
     return tuple(out)
 
 

@@ -50,9 +50,11 @@ class Fit:
 def _terms(law: Law, d: Array) -> Array:
     """[N, 2]: what alpha and beta are multiplied by."""
     if law is Law.best_of_n:
-        return np.stack([d, -(d**2)], axis=1)
-    logs = np.log(np.where(d > 0, d, 1.0))  # d log d is 0 at 0
-    return np.stack([d, -d * logs], axis=1)
+        bend = -(d**2)
+    else:
+        positive = np.where(d > 0, d, 1.0)  # d log d is 0 at 0
+        bend = -d * np.log(positive)
+    return np.stack([d, bend], axis=1)
 
 
 def _design(law: Law, kl: Sequence[float]) -> Array:
@@ -60,7 +62,8 @@ def _design(law: Law, kl: Sequence[float]) -> Array:
     if len(nats) and nats.min() < 0:
         raise ValueError(f"expected KL of at least 0, found {nats.min():g}")
     d = np.sqrt(nats)
-    return np.concatenate([np.ones((len(d), 1)), _terms(law, d)], axis=1)
+    ones = np.ones((len(d), 1))
+    return np.concatenate([ones, _terms(law, d)], axis=1)
 
 
 def fit_points(law: Law, kl: Sequence[float], score: Sequence[float]) -> Fit | None:
@@ -70,19 +73,30 @@ def fit_points(law: Law, kl: Sequence[float], score: Sequence[float]) -> Fit | N
     """
     from scipy.stats import t as student
 
-    terms, values = _design(law, kl), np.asarray(score, dtype=np.float64)
-    if len(set(kl)) < 4 or np.linalg.matrix_rank(terms) < 3:
+    terms = _design(law, kl)
+    if not _is_determined(kl, terms):
         return None
+    values = np.asarray(score, dtype=np.float64)
     found = np.linalg.lstsq(terms, values, rcond=None)[0]
     rest = values - terms @ found
     free = len(values) - 3
-    variance = float(rest @ rest) / free * np.linalg.inv(terms.T @ terms)
-    half = float(student.ppf(0.975, free)) * np.sqrt(np.diag(variance))
+    scatter = float(rest @ rest) / free
+    covariance = scatter * np.linalg.inv(terms.T @ terms)
+    width = float(student.ppf(0.975, free))
     intervals = []
     for i in (1, 2):
         middle = float(found[i])
-        intervals.append(Interval(middle, middle - float(half[i]), middle + float(half[i])))
-    return _fit(law, float(found[0]), intervals[0], intervals[1], values, rest)
+        half = width * math.sqrt(covariance[i, i])
+        intervals.append(Interval(middle, middle - half, middle + half))
+    alpha, beta = intervals
+    return _fit(law, float(found[0]), alpha, beta, values, rest)
+
+
+def _is_determined(kl: Sequence[float], terms: Array) -> bool:
+    """Whether the points say R0, alpha and beta, and leave a scatter."""
+    if len(set(kl)) < 4:
+        return False
+    return bool(np.linalg.matrix_rank(terms) == 3)
 
 
 def fit_draws(law: Law, kl: Sequence[float], scores: Array) -> Fit | None:
@@ -90,23 +104,30 @@ def fit_draws(law: Law, kl: Sequence[float], scores: Array) -> Fit | None:
     others, which are resamples. None with fewer than four different distances.
     """
     terms = _design(law, kl)
-    if len(set(kl)) < 4 or np.linalg.matrix_rank(terms) < 3:
+    if not _is_determined(kl, terms):
         return None
     found = scores @ np.linalg.pinv(terms).T  # [1 + R, 3]
     intervals = []
     for column in (1, 2):
+        middle = float(found[0, column])
         low, high = np.quantile(found[1:, column], [0.025, 0.975])
-        intervals.append(Interval(float(found[0, column]), float(low), float(high)))
-    rest = scores[0] - terms @ found[0]
-    return _fit(law, float(found[0, 0]), intervals[0], intervals[1], scores[0], rest)
+        intervals.append(Interval(middle, float(low), float(high)))
+    alpha, beta = intervals
+    values = scores[0]
+    rest = values - terms @ found[0]
+    return _fit(law, float(found[0, 0]), alpha, beta, values, rest)
 
 
 def _fit(
     law: Law, start: float, alpha: Interval, beta: Interval, values: Array, rest: Array
 ) -> Fit:
-    spread = float(((values - values.mean()) ** 2).sum())
-    explained = 1 - float(rest @ rest) / spread if spread > 0 else math.nan
-    return Fit(law, start, alpha, beta, explained, _peak(law, alpha.estimate, beta.estimate))
+    deviations = values - values.mean()
+    spread = float(deviations @ deviations)
+    explained = math.nan
+    if spread > 0:
+        explained = 1 - float(rest @ rest) / spread
+    peak = _peak(law, alpha.estimate, beta.estimate)
+    return Fit(law, start, alpha, beta, explained, peak)
 
 
 def _peak(law: Law, alpha: float, beta: float) -> float | None:
@@ -114,6 +135,11 @@ def _peak(law: Law, alpha: float, beta: float) -> float | None:
     if beta <= 0:
         return None
     if law is Law.best_of_n:
-        return (alpha / (2 * beta)) ** 2 if alpha > 0 else None
+        if alpha <= 0:
+            return None
+        distance = alpha / (2 * beta)
+        return distance**2
     power = 2 * (alpha / beta - 1)
-    return math.exp(power) if power < 700 else None
+    if power >= 700:  # exp would overflow
+        return None
+    return math.exp(power)

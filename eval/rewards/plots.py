@@ -41,9 +41,11 @@ def _points(
     axes: Any, x: Sequence[float], y: Sequence[Interval], label: str, style: Mapping[str, Any]
 ) -> None:
     """Estimates with whiskers from low to high."""
-    below = [max(0.0, one.estimate - one.low) for one in y]
-    above = [max(0.0, one.high - one.estimate) for one in y]
-    middle = [one.estimate for one in y]
+    middle, below, above = [], [], []
+    for one in y:
+        middle.append(one.estimate)
+        below.append(max(0.0, one.estimate - one.low))
+        above.append(max(0.0, one.high - one.estimate))
     axes.errorbar(x, middle, yerr=[below, above], capsize=3, label=label, **style)
 
 
@@ -51,14 +53,15 @@ def plot_reliability(models: Mapping[str, Calibrated], path: Path) -> Path:
     """A panel for each model: share of right pairs over confidence, as it is and with the fitted
     temperature.
     """
-    figure = _canvas(len(models))
+    plain = {"color": _BLUE, "marker": "o", "linestyle": "-"}
+    tempered = {"color": _ORANGE, "marker": "s", "linestyle": "--"}
+    panels = len(models)
+    figure = _canvas(panels)
     for number, (name, found) in enumerate(models.items(), start=1):
-        axes = _axes(figure, len(models), number, name, "confidence", "share of pairs right")
+        axes = _axes(figure, panels, number, name, "confidence", "share of pairs right")
         axes.plot([0.5, 1], [0.5, 1], color=_GREY, linestyle=":", label="calibrated")
-        plain = {"color": _BLUE, "marker": "o", "linestyle": "-"}
         _reliability(axes, found.plain, "as it is", plain)
         label = f"temperature {found.tempered.temperature:.2g}"
-        tempered = {"color": _ORANGE, "marker": "s", "linestyle": "--"}
         _reliability(axes, found.tempered, label, tempered)
         axes.legend(fontsize=8, frameon=False, loc="lower right")
     return _save(figure, path)
@@ -66,19 +69,20 @@ def plot_reliability(models: Mapping[str, Calibrated], path: Path) -> Path:
 
 def _reliability(axes: Any, found: Calibration, label: str, style: Mapping[str, Any]) -> None:
     x = [one.confidence for one in found.bins]
-    _points(axes, x, [one.right for one in found.bins], label, style)
+    y = [one.right for one in found.bins]
+    _points(axes, x, y, label, style)
 
 
 def plot_best_of(curve: Curve, proxy: str, judge: str, path: Path) -> Path:
     """Two panels over n: what the best by the proxy is worth to the proxy, and to the judge."""
     figure = _canvas(2)
-    values = ((proxy, curve.proxy, "o"), (judge, curve.judge, "s"))
-    for number, (name, points, marker) in enumerate(values, start=1):
+    ticks = [str(n) for n in curve.n]
+    values = ((proxy, curve.proxy, _BLUE, "o"), (judge, curve.judge, _ORANGE, "s"))
+    for number, (name, points, colour, marker) in enumerate(values, start=1):
         axes = _axes(figure, 2, number, name, "n, the best of which is taken", "mean score")
-        style = {"color": _BLUE if number == 1 else _ORANGE, "marker": marker}
-        _points(axes, curve.n, points, name, style)
+        _points(axes, curve.n, points, name, {"color": colour, "marker": marker})
         axes.set_xscale("log", base=2)
-        axes.set_xticks(curve.n, [str(n) for n in curve.n])
+        axes.set_xticks(curve.n, ticks)
     return _save(figure, path)
 
 
@@ -94,9 +98,16 @@ def plot_laws(
         roots = [nats**0.5 for nats in kl]
         axes.plot(roots, scores, "o", color=_BLUE, label="measured")
         if fit is not None:
-            most = max(kl)
-            line = [most * (i / 100) ** 2 for i in range(101)]
-            fitted = [fit.at(nats) for nats in line]
-            axes.plot([nats**0.5 for nats in line], fitted, "--", color=_ORANGE, label="law")
+            _draw_law(axes, fit, max(roots))
         axes.legend(fontsize=8, frameon=False)
     return _save(figure, path)
+
+
+def _draw_law(axes: Any, fit: Fit, furthest: float) -> None:
+    """The law from the start to the furthest distance, sqrt(nats)."""
+    x, y = [], []
+    for hundredths in range(101):
+        distance = furthest * hundredths / 100
+        x.append(distance)
+        y.append(fit.at(distance**2))
+    axes.plot(x, y, "--", color=_ORANGE, label="law")

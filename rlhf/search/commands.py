@@ -67,10 +67,15 @@ class Commands:
         """What trial `number` runs with the values of `setting`, one after the other. Raises
         UserError where they don't go together.
         """
-        groups = [writing.override(key, setting[key]) for key in setting if key in GROUPS]
-        values = [writing.override(key, setting[key]) for key in setting if key not in GROUPS]
-        own = self._own()
-        out = [self._stage(number, [*own, *groups], [*own, *groups, *values], "")]
+        base = self._own()
+        values = []
+        for key, value in setting.items():
+            override = writing.override(key, value)
+            if key in GROUPS:
+                base.append(override)
+            else:
+                values.append(override)
+        out = [self._stage(number, base, [*base, *values], "")]
         if self.stage.then is not None:
             own = _overrides(self.stage.then_options)
             after = [f"stage={self.stage.then}", *self.shared, *own]
@@ -92,11 +97,9 @@ class Commands:
         """
         paths = self._paths_of(base, built_on)
         name = f"{number:04d}"
-        arguments = [
-            *overrides,
-            *(text.replace(_TRIAL, name) for text in paths),
-            *self._living(name),
-        ]
+        arguments = list(overrides)
+        arguments += [text.replace(_TRIAL, name) for text in paths]
+        arguments += self._living(name)
         composed = config.compose(arguments)
         command = (sys.executable, "-m", "rlhf", *arguments)
         return StageRun(
@@ -104,8 +107,11 @@ class Commands:
         )
 
     def _living(self, name: str) -> list[str]:
-        where = [writing.override("run.dir", str(self.trials)), f'run.name="{name}"']
-        return [*where, writing.override("tracking.group", self.group)]
+        return [
+            writing.override("run.dir", str(self.trials)),
+            f'run.name="{name}"',
+            writing.override("tracking.group", self.group),
+        ]
 
     def _paths_of(self, base: Sequence[str], built_on: str) -> list[str]:
         """Overrides for the options whose values would otherwise follow the trial's run.dir and
@@ -113,23 +119,29 @@ class Commands:
         """
         key = (built_on, *base)
         if key not in self._paths:
-            project = [
-                writing.override("run.dir", self.run.dir),
-                writing.override("run.name", self.run.name),
-            ]
-            wanted = _flat(config.compose([*base, *project]))
-            got = _flat(config.compose([*base, *self._living(_TRIAL)]))
-            moved = f"{self.run.dir}/{self.run.name}/{built_on}" if built_on else ""
-            here = f"{self.trials}/{_TRIAL}/{built_on}"
-            wanted = {name: _moved(value, moved, here) for name, value in wanted.items()}
-            wanted[_RECIPE] = "none"  # made by the search, once for all trials
-            differing = [name for name in wanted if wanted[name] != got.get(name)]
-            self._paths[key] = [
-                writing.override(name, wanted[name])
-                for name in differing
-                if not name.startswith(("run.", "tracking."))
-            ]
+            self._paths[key] = self._made_paths(base, built_on)
         return self._paths[key]
+
+    def _made_paths(self, base: Sequence[str], built_on: str) -> list[str]:
+        project = [
+            writing.override("run.dir", self.run.dir),
+            writing.override("run.name", self.run.name),
+        ]
+        wanted = _flat(config.compose([*base, *project]))
+        got = _flat(config.compose([*base, *self._living(_TRIAL)]))
+        wanted[_RECIPE] = "none"  # made by the search, once for all trials
+        moved = ""
+        if built_on:
+            moved = f"{self.run.dir}/{self.run.name}/{built_on}"
+        here = f"{self.trials}/{_TRIAL}/{built_on}"
+        out = []
+        for name, value in wanted.items():
+            if name.startswith(("run.", "tracking.")):
+                continue
+            meant = _moved(value, moved, here)
+            if meant != got.get(name):
+                out.append(writing.override(name, meant))
+        return out
 
 
 def _is_ours(override: str) -> bool:
@@ -143,9 +155,11 @@ def _overrides(options: Mapping[str, Any]) -> list[str]:
     out = []
     for name, value in options.items():
         key = complete(name)
-        is_group = "." not in key and isinstance(value, dict)
-        inner = {f"{key}.{option}": held for option, held in value.items()} if is_group else None
-        out += [writing.override(*pair) for pair in (inner or {key: value}).items()]
+        if "." not in key and isinstance(value, dict) and value:
+            for option, held in value.items():
+                out.append(writing.override(f"{key}.{option}", held))
+        else:
+            out.append(writing.override(key, value))
     return out
 
 
@@ -153,7 +167,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """The options of a configuration by dotted key, enumerations as texts."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(value):
-        inner, key = getattr(value, field.name), f"{prefix}{field.name}"
+        inner = getattr(value, field.name)
+        key = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(inner):
             out |= _flat(inner, f"{key}.")
         else:
@@ -163,9 +178,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        out = {}
+        for field in dataclasses.fields(value):
+            out[field.name] = _plain(getattr(value, field.name))
+        return out
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -22,15 +22,20 @@ _WEIGHTS = ("model", "adapter", "checkpoints", "start", "best", "unrounded")
 def write_trials(study: Study, folder: Path) -> None:
     """trials.jsonl: a line a trial, in the order of their numbers; whole at any time."""
     names = list(study.plan.directions)
-    lines = [json.dumps(row(trial, names), ensure_ascii=False) for trial in study.trials()]
+    text = ""
+    for trial in study.trials():
+        line = json.dumps(row(trial, names), ensure_ascii=False)
+        text += f"{line}\n"
     beside = folder / f"{TRIALS_FILE}.tmp"
-    beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(folder / TRIALS_FILE)
 
 
 def row(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
     """A trial as a JSON object; `names`: the objectives'."""
-    values = dict(zip(names, trial.values, strict=False)) if trial.values else None
+    values = None
+    if trial.values:
+        values = dict(zip(names, trial.values, strict=False))
     out: dict[str, Any] = json_value(
         {
             "number": trial.number,
@@ -48,7 +53,10 @@ def row(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
 
 def counts(trials: Sequence[Trial]) -> dict[str, int]:
     """How many trials stand how."""
-    return {state.value: sum(trial.state is state for trial in trials) for state in State}
+    out = {state.value: 0 for state in State}
+    for trial in trials:
+        out[trial.state.value] += 1
+    return out
 
 
 def steps_done(trials: Sequence[Trial]) -> int:
@@ -68,18 +76,19 @@ def write_report(
     plots = folder / PLOTS
     plots.mkdir(exist_ok=True)
     drawn = []
-    for name, direction in study.plan.directions.items():
+    trials, best = study.trials(), study.best()
+    directions = study.plan.directions
+    for place, (name, direction) in enumerate(directions.items()):
         path = plots / f"history_{_file_name(name)}.png"
-        place = list(study.plan.directions).index(name)
-        if plot_history(study.trials(), place, name, direction, path):
+        if plot_history(trials, place, name, direction, path):
             drawn.append(path)
         path = plots / f"importance_{_file_name(name)}.png"
         if shares[name]:
             plot_importance(shares[name], name, path)
             drawn.append(path)
-    if len(study.plan.directions) > 1 and study.best():
+    if len(directions) > 1 and best:
         path = plots / "front.png"
-        plot_front(study.trials(), study.best(), list(study.plan.directions), path)
+        plot_front(trials, best, list(directions), path)
         drawn.append(path)
     text = table(study, shares, commands)
     (folder / TABLE_FILE).write_text(text, encoding="utf-8")
@@ -92,38 +101,68 @@ def _file_name(name: str) -> str:
 
 def table(study: Study, shares: Mapping[str, Mapping[str, float]], commands: Sequence[str]) -> str:
     """All of it as Markdown, the best first."""
-    names, trials = list(study.plan.directions), study.trials()
-    counted = ", ".join(f"{number} {state}" for state, number in counts(trials).items() if number)
+    names = list(study.plan.directions)
+    trials = study.trials()
     best = study.best()
+    lines = ["# Search", ""]
+    lines += [_summary(trials), ""]
     title = "Best setting" if len(names) == 1 else "Pareto front"
-    lines = ["# Search", "", f"{len(trials)} trials: {counted}; {steps_done(trials)} steps.", ""]
-    lines += [f"## {title}", "", *_rows(best, names), ""]
+    lines += [f"## {title}", ""]
+    lines += _rows(best, names)
+    lines += [""]
     lines += [f"    {command}" for command in commands]
     for name in names:
-        lines += ["", f"## Importance for {name}", "", *_importance_rows(study, shares[name])]
+        lines += ["", f"## Importance for {name}", ""]
+        lines += _importance_rows(study, shares[name])
     rest = [trial for trial in trials if trial not in best]
-    lines += ["", "## Other trials", "", *_rows(rest, names)]
+    lines += ["", "## Other trials", ""]
+    lines += _rows(rest, names)
     return "\n".join(lines) + "\n"
+
+
+def _summary(trials: Sequence[Trial]) -> str:
+    """How many trials there are, how they stand, and their steps."""
+    counted = []
+    for state, number in counts(trials).items():
+        if number:
+            counted.append(f"{number} {state}")
+    return f"{len(trials)} trials: {', '.join(counted)}; {steps_done(trials)} steps."
 
 
 def _rows(trials: Sequence[Trial], names: Sequence[str]) -> list[str]:
     if not trials:
         return ["none"]
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.setting))
-    header = ["trial", "state", *names, *keys, "steps", "note"]
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    keys: list[str] = []
     for trial in trials:
-        values = [f"{value:.6g}" for value in trial.values] or [""] * len(names)
+        keys += [key for key in trial.setting if key not in keys]
+    header = ["trial", "state", *names, *keys, "steps", "note"]
+    lines = [_line(header), "|" + " --- |" * len(header)]
+    for trial in trials:
+        values = [f"{value:.6g}" for value in trial.values]
+        if not values:
+            values = [""] * len(names)
         setting = [_shown(trial.setting.get(key, "")) for key in keys]
         steps = "" if trial.steps is None else str(trial.steps)
-        note = trial.reason.replace("|", "\\|").replace("\n", " ")
-        cells = [str(trial.number), trial.state.value, *values, *setting, steps, note]
-        lines.append(f"| {' | '.join(cells)} |")
+        note = _escaped(trial.reason).replace("\n", " ")
+        state = trial.state.value
+        lines.append(_line([str(trial.number), state, *values, *setting, steps, note]))
     return lines
 
 
+def _line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    joined = " | ".join(cells)
+    return f"| {joined} |"
+
+
 def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return _escaped(str(value))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _importance_rows(study: Study, shares: Mapping[str, float]) -> list[str]:
@@ -143,12 +182,13 @@ def drop_weights(study: Study, trials: Path, keep: int) -> list[int]:
     """
     best = study.best_first()[:keep]
     kept = {trial.number for trial in best}
-    dropped = []
+    dropped = set()
     for trial in study.trials():
         if trial.state is State.running or trial.number in kept:
             continue
+        folder = trials / f"{trial.number:04d}"
         for name in _WEIGHTS:
-            for path in (trials / f"{trial.number:04d}").glob(f"*/{name}"):
+            for path in folder.glob(f"*/{name}"):
                 shutil.rmtree(path)
-                dropped.append(trial.number)
-    return sorted(set(dropped))
+                dropped.add(trial.number)
+    return sorted(dropped)

@@ -12,11 +12,16 @@ _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 def slots(stage: SearchStage) -> list[Slot]:
     """A slot for each of stage.workers. Raises UserError for cores that this process hasn't."""
-    cores, devices = _cores(stage), _devices(stage)
+    cores = _cores(stage)
+    devices = _devices(stage)
     out = []
     for number in range(stage.workers):
-        environment = {} if devices is None else {_DEVICES: devices[number]}
-        own = None if cores is None else cores[number]
+        environment = {}
+        if devices is not None:
+            environment[_DEVICES] = devices[number]
+        own = None
+        if cores is not None:
+            own = cores[number]
         out.append(Slot(number=number, cores=own, environment=environment))
     return out
 
@@ -25,11 +30,17 @@ def _cores(stage: SearchStage) -> list[frozenset[int]] | None:
     """The cores of each worker; None: any."""
     if stage.cores is not None:
         return [frozenset(parse_cores("stage.cores", text)) for text in stage.cores]
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    usable: list[int] = []
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        usable = sorted(os.sched_getaffinity(0))
     each = len(usable) // stage.workers
     if stage.workers == 1 or each == 0:
         return None
-    return [frozenset(usable[n * each : (n + 1) * each]) for n in range(stage.workers)]
+    out = []
+    for number in range(stage.workers):
+        first = number * each
+        out.append(frozenset(usable[first : first + each]))
+    return out
 
 
 def _devices(stage: SearchStage) -> list[str] | None:
@@ -38,10 +49,17 @@ def _devices(stage: SearchStage) -> list[str] | None:
     """
     if stage.devices is not None:
         return stage.devices
-    found = visible_devices() if stage.workers > 1 else []
+    if stage.workers == 1:
+        return None
+    found = visible_devices()
     if not found:
         return None
     each = len(found) // stage.workers
-    if each == 0:
-        return [found[number % len(found)] for number in range(stage.workers)]
-    return [",".join(found[n * each : (n + 1) * each]) for n in range(stage.workers)]
+    out = []
+    for number in range(stage.workers):
+        first = number * each
+        own = found[first : first + each]
+        if each == 0:
+            own = [found[number % len(found)]]
+        out.append(",".join(own))
+    return out

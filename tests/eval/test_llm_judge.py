@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ from conf.judging import LLMJudgeConfig
 from rlhf.cli import config
 from rlhf.run.context import RunContext
 from rlhf.stages import eval as stage
-from rlhf.stages.evaluation.llm_judge import check_llm_judge
-from rlhf.types import UserError
+from rlhf.stages.evaluation.llm_judge import LocalJudge, check_llm_judge
+from rlhf.types import Message, UserError
 from tests.eval.scripted_judge import answers_in, judge_server
 from tests.eval.test_eval import policies, run_eval  # noqa: F401 - a fixture
 
@@ -135,6 +137,50 @@ def test_a_model_here_that_gives_no_verdict_ranks_nobody(
     assert "ranks nobody: 100% of the pairs have no clear verdict" in caplog.text
     text = report_of(tmp_path / "default" / "eval")["Judge: llm"]["text"]
     assert text[1].startswith("NOT RANKED")
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_vllm_judges_as_hugging_face_does(
+    policies: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The policies write by vLLM; then the judge gets an engine of its own. It replies to each
+    question what Hugging Face's generation replies.
+    """
+    judge = tmp_path / "judge"
+    shutil.copytree(policies / "start", judge)
+    (judge / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    shape = json.loads((judge / "config.json").read_text(encoding="utf-8"))
+    shape["max_position_embeddings"] = 512  # a policy's 64 hold no question
+    (judge / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    asked: list[list[Message]] = []
+    replied: list[str | None] = []
+    judging = LocalJudge.ask
+
+    def ask(self: LocalJudge, questions: Sequence[list[Message]]) -> list[str | None]:
+        replies = judging(self, questions)
+        asked.extend(questions)
+        replied.extend(replies)
+        return replies
+
+    monkeypatch.setattr(LocalJudge, "ask", ask)
+    options = [
+        "stage.judges=[llm]",
+        f"stage.llm_judge.path={judge}",
+        "stage.llm_judge.template='{prompt} {first} {second}'",
+        "stage.llm_judge.max_prompt_length=500",
+        "stage.llm_judge.max_tokens=4",
+    ]
+    found = run_eval(policies, tmp_path, "start", "moved", *options, "rollout=vllm")
+    assert len(asked) == 2 * (found["eval/llm/pairs"] - found["eval/llm/identical"]) > 0
+    assert found["eval/llm/ranked"] == 0.0  # a random model has no verdict
+    written = config.compose(["stage=eval", "rollout=hf", *options])
+    alone = LocalJudge(SimpleNamespace(cfg=written, dir=tmp_path), written.stage.llm_judge)
+    by_hf = judging(alone, asked)
+    alone.close()
+    assert replied == by_hf and len({reply for reply in replied if reply}) > 1
 
 
 def test_a_judge_that_cannot_be_asked_is_refused_before_weights_load(
