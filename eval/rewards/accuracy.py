@@ -48,6 +48,9 @@ SECTIONS: dict[str, dict[str, float]] = {
     PRIOR_SETS: dict.fromkeys(("anthropic_helpful", "anthropic_hhh", "shp", "summarize"), 1),
 }
 SUBSETS = {name for section in SECTIONS.values() for name in section}
+_SECTION_WEIGHTS = dict.fromkeys(SECTIONS, 1.0) | {PRIOR_SETS: PRIOR_WEIGHT}
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,59 +92,83 @@ def accuracy(given: Judgements, *, resamples: int, seed: int) -> Accuracy:
     cases: dict[str, list[tuple[str, float, float]]] = {}
     for margin, prompt, subset in zip(given.margins, given.prompts, given.subsets, strict=True):
         cases.setdefault(subset, []).append((prompt, correct(margin), 1.0))
-    every = [case for subset in cases.values() for case in subset]
+    every: list[tuple[str, float, float]] = []
+    for group in cases.values():
+        every += group
     overall = share_by_group(every, resamples=resamples, seed=seed)
     if overall is None:
         raise ValueError("expected at least one pair")
-    named = {name: group for name, group in cases.items() if name}
-    found = {}
-    for name, group in named.items():
+    found: dict[str, Interval] = {}
+    sizes: dict[str, int] = {}
+    drawn: dict[str, Array] = {}
+    for name, group in cases.items():
+        if not name:
+            continue
         interval = share_by_group(group, resamples=resamples, seed=seed)
         assert interval is not None
         found[name] = interval
-    drawn = {name: _draws(group, resamples, seed) for name, group in named.items()}
-    sections = {}
-    for title, weights in SECTIONS.items():
-        here = {name: weight for name, weight in weights.items() if name in named}
-        if here:
-            sections[title] = _weighted(drawn, here)
-    weights = {title: PRIOR_WEIGHT if title == PRIOR_SETS else 1.0 for title in sections}
-    score = _weighted(sections, weights) if sections else None
-    published = [name for title, names in SECTIONS.items() for name in names if title != PRIOR_SETS]
+        sizes[name] = len(group)
+        drawn[name] = _draws(group, resamples, seed)
+    sections = _sections(drawn)
+    score = None
+    if sections:
+        score = _interval(_weighted(sections, _SECTION_WEIGHTS))
     return Accuracy(
         overall=overall,
-        ties=sum(margin == 0 for margin in given.margins),
+        ties=list(given.margins).count(0),
         pairs=len(every),
         subsets=found,
-        sizes={name: len(group) for name, group in named.items()},
+        sizes=sizes,
         sections={title: _interval(values) for title, values in sections.items()},
-        score=None if score is None else _interval(score),
-        missing=tuple(name for name in published if name not in named),
+        score=score,
+        missing=_missing(found),
     )
 
 
-def _draws(
-    cases: Sequence[tuple[str, float, float]], resamples: int, seed: int
-) -> NDArray[np.float64]:
+def _sections(drawn: Mapping[str, Array]) -> dict[str, Array]:
+    """The sections that have a subset among these, with its draws, [1 + resamples] each."""
+    out = {}
+    for title, weights in SECTIONS.items():
+        if any(name in drawn for name in weights):
+            out[title] = _weighted(drawn, weights)
+    return out
+
+
+def _missing(found: Mapping[str, Interval]) -> tuple[str, ...]:
+    """Published subsets, prior sets aside, that are not here."""
+    out = []
+    for title, names in SECTIONS.items():
+        if title != PRIOR_SETS:
+            out += [name for name in names if name not in found]
+    return tuple(out)
+
+
+def _draws(cases: Sequence[tuple[str, float, float]], resamples: int, seed: int) -> Array:
     """[1 + resamples]: the accuracy, and that of resampled prompts."""
     groups: dict[str, list[float]] = {}
     for prompt, right, _ in cases:
         groups.setdefault(prompt, []).append(right)
     parts = np.array([sum(group) for group in groups.values()])
     wholes = np.array([len(group) for group in groups.values()], dtype=np.float64)
-    chosen = np.random.default_rng(seed).integers(0, len(parts), (resamples, len(parts)))
+    prompts = len(parts)
+    chosen = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
+    measured = parts.sum() / wholes.sum()
     again = parts[chosen].sum(axis=1) / wholes[chosen].sum(axis=1)
-    return np.concatenate([[parts.sum() / wholes.sum()], again])
+    return np.concatenate([[measured], again])
 
 
-def _weighted(
-    values: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]
-) -> NDArray[np.float64]:
-    total = sum(weights.values())
-    return np.asarray(sum(weight * values[name] for name, weight in weights.items()) / total)
+def _weighted(values: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    """The weighted mean of those of `weights` that have values."""
+    whole = 0.0
+    weighted = []
+    for name, weight in weights.items():
+        if name in values:
+            whole += weight
+            weighted.append(weight * values[name])
+    return np.asarray(sum(weighted) / whole)
 
 
-def _interval(values: NDArray[np.float64]) -> Interval:
+def _interval(values: Array) -> Interval:
     """The first of `values` with the interval of the others."""
     low, high = np.quantile(values[1:], [0.025, 0.975])
     return Interval(float(values[0]), float(low), float(high))

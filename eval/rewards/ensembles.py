@@ -49,38 +49,45 @@ def ensemble(
         raise ValueError(f"expected at least two models, found {names}")
     scores = np.array([[chosen[name], rejected[name]] for name in names], dtype=np.float64)
     scaled = np.array([_standard(one) for one in scores])  # [M, 2, N]
+    spread = scaled.std(axis=0, ddof=1)
     margins = scores[:, 0] - scores[:, 1]
+    of_model = dict(zip(names, margins, strict=True))
     agreements = []
-    for one, other in combinations(range(len(names)), 2):
-        agreements.append(_agreement((names[one], names[other]), margins[one], margins[other]))
+    for one, other in combinations(names, 2):
+        agreements.append(_agreement((one, other), of_model[one], of_model[other]))
     signs = np.sign(margins)
     same = np.abs(signs.sum(axis=0)) == len(names)
     mean = scaled.mean(axis=0)
     together = mean[0] - mean[1]
+    right = np.array([correct(margin) for margin in together])
     return Ensemble(
         tuple(agreements),
-        float(scaled.std(axis=0, ddof=1).mean()),
-        float(same.mean()),
-        _accuracy(together[same]),
-        _accuracy(together[~same]),
-        float(np.mean([correct(margin) for margin in together])),
+        spread=float(spread.mean()),
+        unanimous=float(same.mean()),
+        right_if_unanimous=_mean(right[same]),
+        right_otherwise=_mean(right[~same]),
+        mean_accuracy=float(right.mean()),
     )
 
 
 def _standard(values: Array) -> Array:
     deviation = float(values.std())
-    return (values - values.mean()) / (deviation or 1.0)
+    if deviation == 0:
+        deviation = 1.0
+    return (values - values.mean()) / deviation
 
 
-def _accuracy(margins: Array) -> float | None:
-    return float(np.mean([correct(margin) for margin in margins])) if len(margins) else None
+def _mean(values: Array) -> float | None:
+    if not len(values):
+        return None
+    return float(values.mean())
 
 
 def _agreement(models: tuple[str, str], mine: Array, theirs: Array) -> Agreement:
     from scipy.stats import kendalltau
 
     signs = np.sign(mine) * np.sign(theirs)
+    same = (signs + 1) / 2
+    both_wrong = (mine < 0) & (theirs < 0)
     tau = float(kendalltau(mine, theirs).statistic)
-    return Agreement(
-        models, float(((signs + 1) / 2).mean()), tau, float(((mine < 0) & (theirs < 0)).mean())
-    )
+    return Agreement(models, float(same.mean()), tau, float(both_wrong.mean()))

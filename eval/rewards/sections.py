@@ -43,8 +43,14 @@ def accuracy_section(found: Mapping[str, Accuracy], left_out: Sequence[str]) -> 
     first = next(iter(found.values()))
     rows = []
     for name, one in found.items():
-        overall = {"scorer": name, "accuracy [95 %]": shown(one.overall), "ties": f"{one.ties:,}"}
-        rows.append({**overall, "pairs": f"{one.pairs:,}"})
+        rows.append(
+            {
+                "scorer": name,
+                "accuracy [95 %]": shown(one.overall),
+                "ties": f"{one.ties:,}",
+                "pairs": f"{one.pairs:,}",
+            }
+        )
     tables = [Table.of("All pairs", rows)]
     if first.sections:
         tables.append(Table.of("RewardBench", _sections(found)))
@@ -63,10 +69,12 @@ def _published(one: Accuracy) -> str:
         "half; the published code counts ties as errors."
     )
     if one.missing:
+        missing = len(one.missing)
+        whole = missing + _present(one)
+        names = ", ".join(one.missing)
         text += (
-            f" {len(one.missing)} of {len(one.missing) + _present(one)} published subsets are not "
-            f"in these pairs ({', '.join(one.missing)}): the score is not comparable with "
-            "published ones."
+            f" {missing} of {whole} published subsets are not in these pairs ({names}): the score "
+            "is not comparable with published ones."
         )
     return text
 
@@ -81,11 +89,14 @@ def _sections(found: Mapping[str, Accuracy]) -> list[dict[str, str]]:
     rows = []
     for title in first.sections:
         row = {"section": title}
-        row |= {name: shown(one.sections[title]) for name, one in found.items()}
+        for name, one in found.items():
+            row[name] = shown(one.sections[title])
         rows.append(row)
     score = {"section": "RewardBench score"}
-    score |= {name: shown(one.score) for name, one in found.items()}
-    return [*rows, score]
+    for name, one in found.items():
+        score[name] = shown(one.score)
+    rows.append(score)
+    return rows
 
 
 def _subsets(found: Mapping[str, Accuracy]) -> list[dict[str, str]]:
@@ -93,7 +104,8 @@ def _subsets(found: Mapping[str, Accuracy]) -> list[dict[str, str]]:
     rows = []
     for subset, size in sorted(first.sizes.items()):
         row = {"subset": subset, "pairs": f"{size:,}"}
-        row |= {name: shown(one.subsets[subset]) for name, one in found.items()}
+        for name, one in found.items():
+            row[name] = shown(one.subsets[subset])
         rows.append(row)
     return rows
 
@@ -104,7 +116,8 @@ def _accuracy_figures(name: str, one: Accuracy) -> Figures:
     for subset, interval in one.subsets.items():
         out[f"eval/{name}/subset/{subset}"] = interval.estimate
     for title, interval in one.sections.items():
-        out |= named(f"eval/{name}/section/{title.lower().replace(' ', '_')}", interval)
+        section = title.lower().replace(" ", "_")
+        out |= named(f"eval/{name}/section/{section}", interval)
     if one.score is not None:
         out |= named(f"eval/{name}/rewardbench", one.score)
     return out
@@ -204,14 +217,16 @@ def best_of_section(
 def _peak(curve: Curve, judge: str) -> list[str]:
     """Where the judge's value falls again, if it does."""
     values = [one.estimate for one in curve.judge]
-    best = max(range(len(values)), key=values.__getitem__)
+    best = values.index(max(values))
     if best == len(values) - 1:
         return []
-    fall = curve.judge_draws[:, best] - curve.judge_draws[:, -1]
-    share = float((fall[1:] > 0).mean())
+    falls = curve.judge_draws[:, best] - curve.judge_draws[:, -1]
+    measured, again = falls[0], falls[1:]
+    share = float((again > 0).mean())
+    most, last = curve.n[best], curve.n[-1]
     return [
-        f"{judge} is highest at n = {curve.n[best]} and {fall[0]:.3f} lower at n = {curve.n[-1]}; "
-        f"it is lower in {share:.0%} of the resamples."
+        f"{judge} is highest at n = {most} and {measured:.3f} lower at n = {last}; it is lower in "
+        f"{share:.0%} of the resamples."
     ]
 
 
@@ -239,12 +254,16 @@ def overoptimisation_section(
             continue
         rows.append(_law_row(name, fit))
         figures |= _law_figures(f"eval/overoptimisation/{name}", fit)
-    tables = (Table.of("Laws", rows),) if rows else ()
-    return Section("Over-optimisation", tuple(text), tables, plots, figures)
+    tables = []
+    if rows:
+        tables.append(Table.of("Laws", rows))
+    return Section("Over-optimisation", tuple(text), tuple(tables), plots, figures)
 
 
 def _law_row(name: str, fit: Fit) -> dict[str, str]:
-    peak = "none" if fit.peak_kl is None else f"{fit.peak_kl:.3g}"
+    peak = "none"
+    if fit.peak_kl is not None:
+        peak = f"{fit.peak_kl:.3g}"
     return {
         "score": name,
         "law": fit.law.value,
@@ -290,7 +309,10 @@ def ensemble_section(found: Ensemble) -> Section:
     }
     shares = []
     for name, value in together.items():
-        shares.append({"figure": name, "value": "none" if value is None else f"{value:.3f}"})
+        text_of = "none"
+        if value is not None:
+            text_of = f"{value:.3f}"
+        shares.append({"figure": name, "value": text_of})
     figures["eval/ensemble/spread"] = found.spread
     figures["eval/ensemble/unanimous"] = found.unanimous
     figures["eval/ensemble/accuracy"] = found.mean_accuracy

@@ -1,6 +1,7 @@
 """What k answers out of n would give, without bias. Pure functions, exact."""
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 
@@ -33,20 +34,20 @@ def majority_at(
     if not 1 <= k <= len(answers) or len(answers) != len(right):
         raise ValueError(f"expected 1 <= k <= n and n values, found {k}, {len(right)}")
     groups: dict[Hashable, list[float]] = {}
-    for answer, value in zip(
-        answers,
-        right,
-        strict=True,
-    ):
-        if answer is not None:
+    silent = 0
+    for answer, value in zip(answers, right, strict=True):
+        if answer is None:
+            silent += 1
+        else:
             groups.setdefault(answer, []).append(value)
     counts = {answer: len(values) for answer, values in groups.items()}
-    silent = len(answers) - sum(counts.values())
     total = 0.0
     for answer, values in groups.items():
         share = sum(values) / len(values)
-        if share:
-            total += share * float(_wins(answer, counts, silent, k))
+        if share == 0:
+            continue
+        wins = _wins(answer, counts, silent, k)
+        total += share * float(wins)
     return total / math.comb(len(answers), k)
 
 
@@ -58,10 +59,12 @@ def _wins(
 ) -> Fraction:
     """In how many of the subsets of k this answer is the commonest, a tie of t as 1 / t."""
     total = Fraction(0)
-    for votes in range(1, min(counts[answer], k) + 1):
+    own = counts[answer]
+    for votes in range(1, min(own, k) + 1):
+        chosen = math.comb(own, votes)
         ways = _others(answer, counts, silent, k - votes, votes)
         for ties, count in ways.items():
-            total += Fraction(math.comb(counts[answer], votes) * count, ties + 1)
+            total += Fraction(chosen * count, ties + 1)
     return total
 
 
@@ -72,18 +75,24 @@ def _others(
     none of which has more.
     """
     # (samples taken, answers with `most`) -> ways; the silent have no vote to limit
-    ways = {(taken, 0): math.comb(silent, taken) for taken in range(min(silent, left) + 1)}
+    ways: Counter[tuple[int, int]] = Counter()
+    for taken in range(min(silent, left) + 1):
+        ways[taken, 0] = math.comb(silent, taken)
     for other, count in counts.items():
         if other == answer:
             continue
-        further: dict[tuple[int, int], int] = {}
+        further: Counter[tuple[int, int]] = Counter()
         for (taken, ties), number in ways.items():
-            for votes in range(min(count, most, left - taken) + 1):
-                state = (taken + votes, ties + (votes == most))
-                further[state] = further.get(state, 0) + number * math.comb(count, votes)
+            limit = min(count, most, left - taken)
+            for votes in range(limit + 1):
+                tied = ties
+                if votes == most:
+                    tied += 1
+                chosen = math.comb(count, votes)
+                further[taken + votes, tied] += number * chosen
         ways = further
-    out: dict[int, int] = {}
+    out: Counter[int] = Counter()
     for (taken, ties), number in ways.items():
         if taken == left:
-            out[ties] = out.get(ties, 0) + number
+            out[ties] += number
     return out

@@ -44,35 +44,51 @@ def section(
 
 
 def _about(task: TaskConfig, rows: Sequence[TaskRow]) -> str:
-    how = "by the chat template" if task.chat else "as a plain prompt"
-    examples = f", {task.fewshot} examples before each" if task.fewshot else ", without examples"
-    text = f"{len(rows)} rows of {task.path}, asked {how}{examples}."
+    how = "as a plain prompt"
+    if task.chat:
+        how = "by the chat template"
+    examples = "without examples"
+    if task.fewshot:
+        examples = f"{task.fewshot} examples before each"
+    text = f"{len(rows)} rows of {task.path}, asked {how}, {examples}."
     if task.kind is TaskKind.loglikelihood:
         return f"{text} Scored by log-probabilities."
-    drawn = "greedily" if task.temperature == 0 else f"at temperature {task.temperature:g}"
+    drawn = "greedily"
+    if task.temperature != 0:
+        drawn = f"at temperature {task.temperature:g}"
     return f"{text} {task.samples} answers to a row, written {drawn}."
 
 
 def _left_out(bad: Sequence[str]) -> list[str]:
     if not bad:
         return []
-    more = f" and {len(bad) - _BAD_SHOWN} more" if len(bad) > _BAD_SHOWN else ""
-    return [f"{len(bad)} rows were left out: {'; '.join(bad[:_BAD_SHOWN])}{more}."]
+    shown = "; ".join(bad[:_BAD_SHOWN])
+    further = len(bad) - _BAD_SHOWN
+    if further > 0:
+        shown += f" and {further} more"
+    return [f"{len(bad)} rows were left out: {shown}."]
 
 
 def _spaced(interval: Interval, sign: str = "") -> str:
-    low, high = format(interval.low, f"{sign}.3f"), format(interval.high, f"{sign}.3f")
-    return f"{format(interval.estimate, f'{sign}.3f')}  [{low}, {high}]"
+    form = f"{sign}.3f"
+    estimate = format(interval.estimate, form)
+    low = format(interval.low, form)
+    high = format(interval.high, form)
+    return f"{estimate}  [{low}, {high}]"
 
 
 def _figures(name: str, measured: Mapping[str, Sequence[Measured]]) -> Table:
     """A line for each metric, a column for each policy."""
     rows = []
     for several in zip(*measured.values(), strict=True):
-        label = several[0].name
-        if several[0].lower_is_better:
+        first = several[0]
+        label = first.name
+        if first.lower_is_better:
             label += " (lower is better)"
-        rows.append((label, *(_spaced(one.interval) for one in several)))
+        cells = [label]
+        for one in several:
+            cells.append(_spaced(one.interval))
+        rows.append(tuple(cells))
     return Table(f"{name}: figures [95 %]", ("metric", *measured), tuple(rows))
 
 
@@ -84,7 +100,9 @@ def _tests(
     rows = []
     for policy, several in apart.items():
         for one in several:
-            p_value = "" if one.p_value is None else f"{one.p_value:.3g}"
+            p_value = ""
+            if one.p_value is not None:
+                p_value = f"{one.p_value:.3g}"
             rows.append((policy, one.metric, _spaced(one.interval, "+"), p_value))
     columns = ("policy", "metric", f"difference to {first} [95 %]", "McNemar p")
     return Table(f"{name}: each policy against {first}, paired by row", columns, tuple(rows))
@@ -105,29 +123,38 @@ def _rows_apart(
         return []
     values = np.stack(held)  # [policies, rows]
     spread = values.max(axis=0) - values.min(axis=0)
-    order = [int(i) for i in np.argsort(-spread, kind="stable")[:shown] if spread[i] > 0]
+    order = np.argsort(-spread, kind="stable")[:shown]
     lines = []
-    for i in order:
+    for i in order.tolist():
+        if not spread[i] > 0:  # nor is NaN
+            break
+        row = rows[i]
         said = []
         for number, policy in enumerate(measured):
-            text = shown_answer(task, rows[i], answers[policy][i])
+            text = shown_answer(task, row, answers[policy][i])
             said.append(f"{values[number, i]:.3g}: {_cut(text)}")
-        asked = _cut(filled(task.prompt, rows[i]) or filled(task.target, rows[i]))
-        lines.append((str(rows[i].number), asked, _expected(task, rows[i]), *said))
-    title = f"{name}: rows where {next(iter(measured.values()))[0].name} differs most"
-    return [Table(title, ("row", "asked", "expected", *measured), tuple(lines))] if lines else []
+        asked = filled(task.prompt, row) or filled(task.target, row)
+        lines.append((str(row.number), _cut(asked), _expected(task, row), *said))
+    if not lines:
+        return []
+    metric = next(iter(measured.values()))[0].name
+    title = f"{name}: rows where {metric} differs most"
+    columns = ("row", "asked", "expected", *measured)
+    return [Table(title, columns, tuple(lines))]
 
 
 def _expected(task: TaskConfig, row: TaskRow) -> str:
     """What a row takes for right, where it is a text or a few."""
     if scores_choices(task):
         texts = scored_texts(task, row)
-        return _cut(" / ".join(texts[number] for number in row.columns["gold"]))
+        right = [texts[number] for number in row.columns["gold"]]
+        return _cut(" / ".join(right))
     if task.kind is TaskKind.loglikelihood:
         return ""
     held = row.columns.get(task.answer)
     several = held if isinstance(held, list) else [held]
-    return _cut(" / ".join(str(one) for one in several if isinstance(one, (str, int, float))))
+    plain = [str(one) for one in several if isinstance(one, (str, int, float))]
+    return _cut(" / ".join(plain))
 
 
 def shown_answer(
@@ -146,7 +173,9 @@ def shown_answer(
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
+    if len(text) <= _SHOWN:
+        return text
+    return f"{text[:_SHOWN]} ..."
 
 
 def _as_json(
@@ -160,9 +189,10 @@ def _as_json(
         policies[policy] = {one.name: _numbers(one.interval) for one in several}
     tests: dict[str, dict[str, object]] = {}
     for policy, differences in apart.items():
-        tests[policy] = {
-            one.metric: {**_numbers(one.interval), "mcnemar_p": one.p_value} for one in differences
-        }
+        tests[policy] = {}
+        for one in differences:
+            numbers = _numbers(one.interval)
+            tests[policy][one.metric] = {**numbers, "mcnemar_p": one.p_value}
     return {"rows": rows, "left_out": list(bad), "policies": policies, "differences": tests}
 
 
@@ -182,20 +212,18 @@ def sample_rows(
     scored. A row's metrics are its own, the mean over its answers.
     """
     out = []
-    for i, (row, answer) in enumerate(
-        zip(
-            rows,
-            answers,
-            strict=True,
-        )
-    ):
+    pairs = zip(rows, answers, strict=True)
+    for i, (row, answer) in enumerate(pairs):
         line: dict[str, object] = {
             "task": name,
             "policy": policy,
             "row": row.number,
             "prompt": filled(task.prompt, row),
         }
-        values = {one.name: float(one.values[i]) for one in measured if one.values is not None}
+        values: dict[str, object] = {}
+        for one in measured:
+            if one.values is not None:
+                values[one.name] = float(one.values[i])
         if task.kind is TaskKind.loglikelihood:
             said = shown_answer(task, row, answer)
             out.append(line | {"response": said, "logprobs": list(answer.logprobs)} | values)

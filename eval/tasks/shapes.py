@@ -96,16 +96,19 @@ def _one_gold(
     choices: Sequence[str],
     column: str,
 ) -> int:
-    known = LETTERS[: len(choices)]
-    if isinstance(value, str) and value in choices:
-        return list(choices).index(value)
-    if isinstance(value, str) and len(value.strip()) == 1 and value.strip().upper() in known:
-        return known.index(value.strip().upper())
     number = value
-    if isinstance(value, str) and value.strip().isdigit():
-        number = int(value)
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices):
-        return number
+    if isinstance(value, str):
+        if value in choices:
+            return list(choices).index(value)
+        known = LETTERS[: len(choices)]
+        word = value.strip().upper()
+        if len(word) == 1 and word in known:
+            return known.index(word)
+        if word.isdigit():
+            number = int(word)
+    is_number = isinstance(number, int) and not isinstance(number, bool)
+    if is_number and 0 <= number < len(choices):
+        return int(number)
     raise RowError(
         f"column {column!r}: expected the number from 0, the letter or the text of one of "
         f"{len(choices)} choices, found {describe(value)}"
@@ -117,12 +120,13 @@ def _chosen(
     choices: list[str],
     gold: list[int],
 ) -> dict[str, Any]:
+    right = gold[0]
     return {
         "question": question,
         "choices": choices,
         "gold": gold,
-        "letter": LETTERS[gold[0]],
-        "answer": choices[gold[0]],
+        "letter": LETTERS[right],
+        "answer": choices[right],
     }
 
 
@@ -142,10 +146,12 @@ def _lettered(columns: Columns) -> dict[str, Any]:
     names = {key.lower(): key for key in columns}
     choices = [str(_value(columns, letter)) for letter in _LETTERED]
     answer = _value(columns, names.get("answer", "answer"))
-    if str(answer).strip().upper() not in _LETTERED:
+    letter = str(answer).strip().upper()
+    if letter not in _LETTERED:
         raise RowError(f"column 'answer': expected one of A to D, found {describe(answer)}")
-    gold = [_LETTERED.index(str(answer).strip().upper())]
-    return _chosen(_text(columns, names.get("question", "question")), choices, gold)
+    gold = [_LETTERED.index(letter)]
+    question = _text(columns, names.get("question", "question"))
+    return _chosen(question, choices, gold)
 
 
 def _gsm8k(columns: Columns) -> dict[str, Any]:
@@ -161,11 +167,13 @@ def _gsm8k(columns: Columns) -> dict[str, Any]:
 
 
 def _humaneval(columns: Columns) -> dict[str, Any]:
-    begun, entry = _text(columns, "prompt"), _text(columns, "entry_point")
+    begun = _text(columns, "prompt")
+    entry = _text(columns, "entry_point")
+    test = _text(columns, "test")
     return {
         "question": begun,
         "begun": begun,
-        "tests": [f"{_text(columns, 'test')}\ncheck({entry})"],
+        "tests": [f"{test}\ncheck({entry})"],
         "answer": columns.get("canonical_solution") or "",
     }
 
@@ -192,12 +200,15 @@ def _hellaswag(columns: Columns) -> dict[str, Any]:
     [title] taken out.
     """
     context = columns.get("ctx")
-    if columns.get("ctx_a") is not None and columns.get("ctx_b") is not None:
-        context = f"{columns['ctx_a']} {str(columns['ctx_b']).capitalize()}"
+    first, second = columns.get("ctx_a"), columns.get("ctx_b")
+    if first is not None and second is not None:
+        ending = str(second).capitalize()
+        context = f"{first} {ending}"
     if not isinstance(context, str) or not context.strip():
         raise RowError(f"column 'ctx': expected a text, found {describe(context)}")
-    if columns.get("activity_label") is not None:
-        context = f"{columns['activity_label']}: {context}"
+    activity = columns.get("activity_label")
+    if activity is not None:
+        context = f"{activity}: {context}"
     endings = [_without_marks(text) for text in texts_of(columns, "endings")]
     gold = gold_of(_value(columns, "label"), endings, "label")
     return _chosen(_without_marks(context), endings, gold)
@@ -215,14 +226,12 @@ def _ifeval(columns: Columns) -> dict[str, Any]:
         raise RowError(
             f"column 'kwargs': expected a list of {len(names)} objects, found {describe(arguments)}"
         )
-    constraints = [
-        {"id": name, **(given or {})}
-        for name, given in zip(
-            names,
-            arguments,
-            strict=True,
-        )
-    ]
+    constraints = []
+    for name, given in zip(names, arguments, strict=True):
+        constraint = {"id": name}
+        if given:
+            constraint |= given
+        constraints.append(constraint)
     return {"question": _text(columns, "prompt"), "constraints": constraints}
 
 
@@ -231,10 +240,18 @@ def _plain(columns: Columns) -> dict[str, Any]:
     if columns.get("choices") is None:
         return {}
     choices = texts_of(columns, "choices")
-    column = next((name for name in ("gold", "answer", "label") if name in columns), "gold")
+    column = "gold"
+    for name in ("gold", "answer", "label"):
+        if name in columns:
+            column = name
+            break
     gold = gold_of(_value(columns, column), choices, column)
-    return {"choices": choices, "gold": gold, "letter": LETTERS[gold[0]]} | {
-        "answer": choices[gold[0]]
+    right = gold[0]
+    return {
+        "choices": choices,
+        "gold": gold,
+        "letter": LETTERS[right],
+        "answer": choices[right],
     }
 
 

@@ -32,18 +32,25 @@ def rouge_n(
     n: int,
 ) -> float:
     """F1 of the n-grams that both have (Lin 2004), in [0, 1]."""
-    ours, theirs = (_grams(rouge_words(text), n) for text in (answer, reference))
-    return _f1(sum((ours & theirs).values()), sum(ours.values()), sum(theirs.values()))
+    ours = _grams(rouge_words(answer), n)
+    theirs = _grams(rouge_words(reference), n)
+    both = ours & theirs
+    return _f1(both.total(), ours.total(), theirs.total())
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004), in [0, 1]."""
-    ours, theirs = rouge_words(answer), rouge_words(reference)
+    ours = rouge_words(answer)
+    theirs = rouge_words(reference)
     return _f1(_common(ours, theirs), len(ours), len(theirs))
 
 
 def _grams(items: Sequence[Any], n: int) -> Counter[tuple[Any, ...]]:
-    return Counter(tuple(items[i : i + n]) for i in range(len(items) - n + 1))
+    out: Counter[tuple[Any, ...]] = Counter()
+    for first in range(len(items) - n + 1):
+        gram = tuple(items[first : first + n])
+        out[gram] += 1
+    return out
 
 
 def _f1(
@@ -51,7 +58,9 @@ def _f1(
     ours: int,
     theirs: int,
 ) -> float:
-    return 2 * common / (ours + theirs) if common else 0.0
+    if common == 0:
+        return 0.0
+    return 2 * common / (ours + theirs)
 
 
 def _common(ours: Sequence[str], theirs: Sequence[str]) -> int:
@@ -61,7 +70,10 @@ def _common(ours: Sequence[str], theirs: Sequence[str]) -> int:
         before = 0
         for at, other in enumerate(theirs, start=1):
             above = row[at]
-            row[at] = before + 1 if word == other else max(above, row[at - 1])
+            if word == other:
+                row[at] = before + 1
+            else:
+                row[at] = max(above, row[at - 1])
             before = above
     return row[-1]
 
@@ -73,17 +85,28 @@ def chrf_counts(answer: str, references: Sequence[str]) -> list[float]:
     """For each order from 1: the answer's character n-grams, the reference's, and those in both;
     of several references that which fits best. Blanks don't count.
     """
-    every = [_chrf_counts(answer, reference) for reference in references]
-    return max(every, key=lambda counts: float(chrf(np.array(counts))))
+    best: list[float] = []
+    highest = -1.0
+    for reference in references:
+        counts = _chrf_counts(answer, reference)
+        score = float(chrf(np.array(counts)))
+        if score > highest:
+            best, highest = counts, score
+    return best
 
 
 def _chrf_counts(answer: str, reference: str) -> list[float]:
-    ours, theirs = ("".join(text.split()) for text in (answer, reference))
+    ours = "".join(answer.split())
+    theirs = "".join(reference.split())
     counts: list[float] = []
     for n in range(1, _CHRF_ORDERS + 1):
-        mine, other = _grams(ours, n), _grams(theirs, n)
-        own = sum(mine.values()) if other else 0  # an order that the reference lacks has no hits
-        counts += [own, sum(other.values()), sum((mine & other).values())]
+        mine = _grams(ours, n)
+        other = _grams(theirs, n)
+        both = mine & other
+        own = mine.total()
+        if not other:  # an order that the reference lacks has no hits
+            own = 0
+        counts += [own, other.total(), both.total()]
     return counts
 
 
@@ -93,10 +116,14 @@ def chrf(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     ours, theirs, both = shaped[..., 0], shaped[..., 1], shaped[..., 2]
     has = (ours > 0) & (theirs > 0)
     orders = np.maximum(has.sum(axis=-1), 1)
-    precision = np.where(has, both / np.maximum(ours, 1), 0.0).sum(axis=-1) / orders
-    recall = np.where(has, both / np.maximum(theirs, 1), 0.0).sum(axis=-1) / orders
-    below = _CHRF_BETA**2 * precision + recall
-    score = (1 + _CHRF_BETA**2) * precision * recall / np.where(below > 0, below, 1.0)
+    precisions = np.where(has, both / np.maximum(ours, 1), 0.0)
+    recalls = np.where(has, both / np.maximum(theirs, 1), 0.0)
+    precision = precisions.sum(axis=-1) / orders
+    recall = recalls.sum(axis=-1) / orders
+    weight = _CHRF_BETA**2
+    below = weight * precision + recall
+    above = (1 + weight) * precision * recall
+    score = above / np.where(below > 0, below, 1.0)
     return np.asarray(100 * score)
 
 
@@ -130,17 +157,19 @@ def bleu(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """BLEU in [0, 100] of sums of `bleu_counts`, [..., 10] -> [...], smoothed as sacrebleu's."""
     from sacrebleu.metrics.bleu import BLEU
 
+    *before, width = counts.shape
+    rows = counts.reshape(-1, width).astype(int).tolist()
     out = []
-    for sums in counts.reshape(-1, counts.shape[-1]).astype(int).tolist():
-        common, own = sums[:_BLEU_ORDERS], sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS]
+    for sums in rows:
+        common = sums[:_BLEU_ORDERS]
+        own = sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS]
         ours, theirs = sums[2 * _BLEU_ORDERS :]
-        out.append(
-            BLEU.compute_bleu(
-                common,
-                own,
-                ours,
-                theirs,
-                smooth_method="exp",
-            ).score
+        found = BLEU.compute_bleu(
+            common,
+            own,
+            ours,
+            theirs,
+            smooth_method="exp",
         )
-    return np.array(out).reshape(counts.shape[:-1])
+        out.append(found.score)
+    return np.array(out).reshape(before)

@@ -60,16 +60,24 @@ def stage_base(setting: Setting, stage: str) -> str | None:
     if setting.base is None:
         return None
     name = f"{setting.base}_{stage}"
-    folders = [CONF_DIR, *(Path(folder.removeprefix("file://")) for folder in setting.folders)]
-    exists = any((folder / _STAGES / f"{name}.yaml").is_file() for folder in folders)
-    return name if exists else None
+    folders = [CONF_DIR]
+    for folder in setting.folders:
+        folders.append(Path(folder.removeprefix("file://")))
+    for folder in folders:
+        if (folder / _STAGES / f"{name}.yaml").is_file():
+            return name
+    return None
 
 
 def experiment_name(run: str, trial: int | None) -> str:
     """The preset's name: the run's, and the trial's number where it is not the best by itself."""
     plain = re.sub(r"[^\w-]+", "_", run).strip("_") or "search"
-    name = f"{plain}_best" if trial is None else f"{plain}_trial_{trial}"
-    return f"{name}_found" if name in choices(_EXPERIMENT) else name
+    name = f"{plain}_best"
+    if trial is not None:
+        name = f"{plain}_trial_{trial}"
+    if name in choices(_EXPERIMENT):
+        return f"{name}_found"
+    return name
 
 
 def command(
@@ -80,10 +88,7 @@ def command(
     """
     searched = ",".join([f"file://{folder.resolve()}", *folders])
     overrides = [f"stage={stage}", f"{_SEARCH_PATH}=[{searched}]", f"{_EXPERIMENT}={name}"]
-    for key, value, usual in (
-        ("run.dir", run.dir, RunConfig().dir),
-        ("run.name", run.name, None),
-    ):
-        if value != usual:
-            overrides.append(writing.override(key, value))
+    if run.dir != RunConfig().dir:
+        overrides.append(writing.override("run.dir", run.dir))
+    overrides.append(writing.override("run.name", run.name))
     return overrides

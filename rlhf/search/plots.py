@@ -29,7 +29,10 @@ def best_so_far(values: Sequence[float], direction: Direction) -> list[float]:
     better = min if direction is Direction.min else max
     out: list[float] = []
     for value in values:
-        out.append(better(value, out[-1]) if out else value)
+        best = value
+        if out:
+            best = better(value, out[-1])
+        out.append(best)
     return out
 
 
@@ -55,9 +58,12 @@ def plot_history(
         numbers = [trial.number for trial in behind]
         axes.scatter(numbers, last, s=18, marker="x", color=_BEHIND, label="stopped, last value")
     failed = [trial.number for trial in trials if trial.state is State.failed]
+    title = name
+    if failed:
+        title = f"{name}, {len(failed)} failed (dotted)"
     for number in failed:
         axes.axvline(number, color=_BEHIND, linewidth=0.8, linestyle=":")
-    axes.set_title(f"{name}, {len(failed)} failed (dotted)" if failed else name, loc="left")
+    axes.set_title(title, loc="left")
     axes.set_xlabel("trial")
     axes.set_ylabel(name)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -69,8 +75,10 @@ def plot_history(
 def plot_importance(shares: Mapping[str, float], name: str, path: Path) -> None:
     """A bar for each option, the most important on top."""
     figure, axes = _axes(6.4, 1.2 + 0.4 * len(shares))
-    keys = list(shares)[::-1]
-    axes.barh(keys, [shares[key] for key in keys], color=_OTHER)
+    keys = list(shares)
+    keys.reverse()  # bars stand from below
+    widths = [shares[key] for key in keys]
+    axes.barh(keys, widths, color=_OTHER)
     axes.set_xlabel("share of the variance over the complete trials (fANOVA)")
     axes.set_title(f"Importance for {name}", loc="left")
     figure.savefig(path, dpi=_DPI)

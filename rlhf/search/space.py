@@ -71,8 +71,11 @@ class Parameter:
                 "a step without log, or choices."
             )
         count = round((self.high - self.low) / step) + 1
-        numbers = [self.low + number * step for number in range(count)]
-        return [int(number) for number in numbers] if self.kind is Kind.int else numbers
+        out: list[Any] = []
+        for number in range(count):
+            value = self.low + number * step
+            out.append(int(value) if self.kind is Kind.int else value)
+        return out
 
 
 def _among(value: Any, allowed: Sequence[Any]) -> bool:
@@ -93,7 +96,9 @@ def complete(key: str) -> str:
     own.
     """
     first = key.partition(".")[0]
-    return key if first in {field.name for field in fields(Config)} else f"stage.{key}"
+    if any(first == field.name for field in fields(Config)):
+        return key
+    return f"stage.{key}"
 
 
 # ---- from the configuration ----
@@ -186,7 +191,8 @@ def _when(key: str, given: Any) -> dict[str, tuple[Any, ...]]:
         raise UserError(f"stage.space: {key}.when is {describe(given)}: expected {{option: value}}")
     out = {}
     for other, values in _flat_conditions(given, ""):
-        out[complete(other)] = tuple(values) if isinstance(values, list) else (values,)
+        several = values if isinstance(values, list) else [values]
+        out[complete(other)] = tuple(several)
     return out
 
 
@@ -282,8 +288,11 @@ def _of_range(
         raise UserError(
             f"stage.space: {key} is no number ({kind}): expected choices, and no low and high."
         )
-    low, high = (_number(key, given, word) for word in ("low", "high"))
-    step = None if given.get("step") is None else _number(key, given, "step")
+    low = _number(key, given, "low")
+    high = _number(key, given, "high")
+    step = None
+    if given.get("step") is not None:
+        step = _number(key, given, "step")
     log = given.get("log", False)
     place = f"stage.space: {key}"
     if not isinstance(log, bool):
@@ -294,14 +303,12 @@ def _of_range(
         raise UserError(f"{place} has log: expected low above 0 and no step, not {dict(given)}.")
     if step is not None and not _divides(step, high - low):
         raise UserError(f"{place}.step={step:g}: expected a part of high - low = {high - low:g}.")
-    values = (low, high)
-    if kind == "int":
-        whole = [number for number in (low, high, step or 1.0) if not number.is_integer()]
-        if whole:
-            raise UserError(f"{place} has {whole[0]:g}: the option is a whole number.")
-        values = (int(low), int(high))
     assert declared is not None
-    for value in values:
+    for number in (low, high, step):
+        if kind == "int" and number is not None and not number.is_integer():
+            raise UserError(f"{place} has {number:g}: the option is a whole number.")
+    for number in (low, high):
+        value = int(number) if kind == "int" else number
         _check_value(key, value, declared)
     return Parameter(key=key, kind=Kind(kind), low=low, high=high, log=log, step=step, when=when)
 

@@ -239,7 +239,8 @@ class Study:
 
     def _ordered(self) -> list[Trial]:
         complete = [trial for trial in self.trials() if trial.state is State.complete]
-        return sorted(complete, key=lambda trial: (self._losses(trial), trial.number))
+        # trials come by number, and sorting keeps the order of equal ones
+        return sorted(complete, key=self._losses)
 
     def _losses(self, trial: Trial) -> tuple[float, ...]:
         """The values of a trial, smaller ones better."""
@@ -254,10 +255,11 @@ class Study:
         out. Empty where the trials say nothing: fewer than two, or all alike.
         """
         place = list(self.plan.directions).index(objective)
-        complete = [trial for trial in self.trials() if trial.state is State.complete]
-        if len({trial.values[place] for trial in complete}) < 2:
-            return {}
-        if any(not math.isfinite(trial.values[place]) for trial in complete):
+        values = set()
+        for trial in self.trials():
+            if trial.state is State.complete:
+                values.add(trial.values[place])
+        if len(values) < 2 or not all(math.isfinite(value) for value in values):
             return {}
         evaluator = self._optuna.importance.FanovaImportanceEvaluator(
             n_trees=_TREES, seed=self.plan.seed % 2**32
@@ -271,14 +273,18 @@ class Study:
 
 
 def _last(frozen: Any) -> float | None:
-    if not frozen.intermediate_values:
+    values = frozen.intermediate_values
+    if not values:
         return None
-    return float(frozen.intermediate_values[max(frozen.intermediate_values)])
+    latest = max(values)
+    return float(values[latest])
 
 
 def _external(parameter: Parameter, value: Any) -> Any:
     """A value as the option has it: optuna knows choices by their labels."""
-    return parameter.chosen(value) if parameter.kind is Kind.choice else value
+    if parameter.kind is Kind.choice:
+        return parameter.chosen(value)
+    return value
 
 
 def _suggest(trial: Any, parameter: Parameter) -> Any:
@@ -287,10 +293,17 @@ def _suggest(trial: Any, parameter: Parameter) -> Any:
     if parameter.kind is Kind.choice:
         return trial.suggest_categorical(key, parameter.labels)
     if parameter.kind is Kind.int:
-        low, high, step = int(parameter.low), int(parameter.high), int(parameter.step or 1)
-        return trial.suggest_int(key, low, high, step=step, log=parameter.log)
+        low, high = int(parameter.low), int(parameter.high)
+        whole = 1
+        if parameter.step is not None:
+            whole = int(parameter.step)
+        return trial.suggest_int(key, low, high, step=whole, log=parameter.log)
     return trial.suggest_float(
-        key, parameter.low, parameter.high, step=parameter.step, log=parameter.log
+        key,
+        parameter.low,
+        parameter.high,
+        step=parameter.step,
+        log=parameter.log,
     )
 
 
@@ -321,10 +334,13 @@ def _refuse_another(
     """Raises UserError for a journal of a search that differs in one of `keys` (None: in anything),
     so that its trials can't be compared with this one's.
     """
-    differing = [key for key in now if stored.get(key) != now[key]]
-    changed = [key for key in differing if keys is None or key in keys]
+    changed = []
+    for key, value in now.items():
+        before = stored.get(key)
+        if before != value and (keys is None or key in keys):
+            changed.append(f"{key} was {before}, is {value}")
     if changed:
-        shown = "; ".join(f"{key} was {stored.get(key)}, is {now[key]}" for key in changed)
+        shown = "; ".join(changed)
         raise UserError(
             f"run.resume=true: {path} is of another search ({shown}). Its trials can't be compared "
             "with new ones: set it back, or begin anew with run.overwrite=true or another run.name."

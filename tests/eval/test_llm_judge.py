@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.judging import LLMJudgeConfig
 from rlhf.cli import config
@@ -152,9 +154,11 @@ def test_vllm_judges_as_hugging_face_does(
     judge = tmp_path / "judge"
     shutil.copytree(policies / "start", judge)
     (judge / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
-    shape = json.loads((judge / "config.json").read_text(encoding="utf-8"))
-    shape["max_position_embeddings"] = 512  # a policy's 64 hold no question
-    (judge / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    shape = AutoConfig.from_pretrained(judge)
+    shape.max_position_embeddings = 512  # a policy's 64 hold no question
+    shape.initializer_range = 0.5  # so that a reply depends on what is asked
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(judge)
     asked: list[list[Message]] = []
     replied: list[str | None] = []
     judging = LocalJudge.ask

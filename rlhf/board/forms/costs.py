@@ -18,6 +18,7 @@ from conf.schema import (
 )
 from conf.stages import (
     DataStage,
+    EvalRewardStage,
     EvalStage,
     ExportStage,
     KTOStage,
@@ -119,6 +120,10 @@ def _eval(cfg: Settings) -> Iterator[Cost]:
         yield "judge_classifier", {}
 
 
+def _eval_reward(_: Settings) -> Iterator[Cost]:
+    yield "eval_reward", {}
+
+
 def _label(cfg: Settings) -> Iterator[Cost]:
     if cfg.label.mode is LabelMode.export:
         yield "label", {"tasks": str(cfg.label.budget), "people": str(cfg.label.overlap)}
@@ -142,6 +147,7 @@ _OF: dict[type, Callable[[Settings], Iterator[Cost]]] = {
     OfflineStage: _offline,
     OnlineStage: _online,
     EvalStage: _eval,
+    EvalRewardStage: _eval_reward,
     LabelStage: _label,
     ExportStage: _export,
     ServeStage: _serve,

@@ -16,6 +16,7 @@ WISHES = (
     ("judge", "/new/reward"),
     ("reinforce", "/new/ppo"),
     ("evaluate", "/new/eval"),
+    ("weigh", "/new/eval_reward"),
     ("label", "/labels"),
     ("chat", "/chat"),
     ("export", "/models"),
