@@ -127,7 +127,6 @@ TERMS: dict[str, tuple[str, ...]] = {
     "tracking": ("tracking",),
     "stage.judges": ("judge",),
     "stage.models": ("reward_model",),
-    "stage.pairs": ("pair",),
     "stage.judge": ("judge",),
     "label.policies": ("policy",),
     "label.targets": ("annotator",),
