@@ -61,8 +61,8 @@ def stage_base(setting: Setting, stage: str) -> str | None:
         return None
     name = f"{setting.base}_{stage}"
     folders = [CONF_DIR]
-    for folder in setting.folders:
-        folders.append(Path(folder.removeprefix("file://")))
+    for place in setting.folders:
+        folders.append(Path(place.removeprefix("file://")))
     for folder in folders:
         if (folder / _STAGES / f"{name}.yaml").is_file():
             return name
