@@ -101,6 +101,9 @@ class Aggregate(JudgedOptions):
     """Rows that judge one item become one row with the label that they give together."""
 
     step: ClassVar[str] = "aggregate"
+    without_pictures: ClassVar[str] = (
+        "judgements of one text about two pictures would count as of one"
+    )
 
     method: Method = option(Method.majority, "How several labels become one.")
     tie_label: str | None = option(
@@ -142,6 +145,7 @@ class Review(JudgedOptions):
     """
 
     step: ClassVar[str] = "review"
+    without_pictures: ClassVar[str] = "its queue file shows texts alone"
 
     decisions: str | None = option(
         None,
@@ -174,6 +178,7 @@ class LabelNoise(StepOptions):
     """
 
     step: ClassVar[str] = "label_noise"
+    without_pictures: ClassVar[str] = "its reward model reads texts alone"
     torch: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"preference", "unpaired"})
 

@@ -34,6 +34,7 @@ class Augment(StepOptions):
     """
 
     step: ClassVar[str] = "augment"
+    without_pictures: ClassVar[str] = "its operations know words alone"
     streaming: ClassVar[bool] = True
     after_split: ClassVar[bool] = True
 
@@ -76,6 +77,7 @@ class BackTranslate(StepOptions):
     """A new row for each row, its text translated into another language and back."""
 
     step: ClassVar[str] = "back_translate"
+    without_pictures: ClassVar[str] = "a translator sees texts alone"
     torch: ClassVar[bool] = True
     after_split: ClassVar[bool] = True
 

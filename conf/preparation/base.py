@@ -49,6 +49,8 @@ class StepOptions:
     after_split: ClassVar[bool] = False  # refused before a split step
     torch: ClassVar[bool] = False  # it may load a model: torch is imported and set up
     splits: ClassVar[bool] = False  # it sets Item.split: one such step a pipeline
+    # why rows that show pictures are refused; "": it takes them
+    without_pictures: ClassVar[str] = ""
     # raised whenever the same rows and options give another result: a run that resumes then does
     # the step again
     version: ClassVar[int] = 1

@@ -297,6 +297,7 @@ class Perplexity(StepOptions):
     """
 
     step: ClassVar[str] = "perplexity"
+    without_pictures: ClassVar[str] = "its language model reads texts alone"
     torch: ClassVar[bool] = True
 
     model: str = option(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.data.calls import is_nothing, parsed
 from rlhf.process.wording import describe
-from rlhf.types import RowError
+from rlhf.types import PICTURE_MARK, RowError
 
 _MEDIA = tuple(
     f"{kind}{ending}"
@@ -86,3 +86,28 @@ def picture_of_part(held: dict[str, Any], kind: str, name: str) -> Any:
         return None
     value = held[sources[0]]
     return {sources[0]: value} if sources[0] in ("bytes", "base64") else value
+
+
+def pictures_of_message(rest: dict[str, Any], shown: list[Any], text: str) -> dict[str, Any]:
+    """The content with marks and images of a message that shows pictures: those `shown` by its
+    parts, or those of its key images, taken out of `rest`, whose marks stand in its text. Raises
+    RowError.
+    """
+    key = picture_column(rest)
+    if key is None:
+        if shown and text.count(PICTURE_MARK) != len(shown):
+            raise RowError("expected texts without the character U+FFFC beside pictures")
+        return {"images": shown} if shown else {}
+    if shown:
+        raise RowError(f"key {key!r}: expected pictures there or in parts, found both")
+    given = given_pictures(rest.pop(key), key)
+    mark = PICTURE_MARK if PICTURE_MARK in text else IMAGE_TEXT
+    marks = text.count(mark)
+    if not marks:
+        text = mark * len(given) + text
+    elif marks != len(given):
+        raise RowError(
+            f"key {key!r}: expected as many pictures as marks in the text, found {len(given)} "
+            f"pictures and {marks} marks"
+        )
+    return {"content": text.replace(mark, PICTURE_MARK), "images": given}

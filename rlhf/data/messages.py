@@ -23,12 +23,10 @@ from typing import Any, cast
 
 from rlhf.data.calls import call_of, checked_text, is_nothing, missing, parsed, refuse_halves
 from rlhf.data.media import (
-    IMAGE_TEXT,
     PARTS_OF_MEDIA,
     PARTS_OF_PICTURES,
-    given_pictures,
-    picture_column,
     picture_of_part,
+    pictures_of_message,
     refuse_media,
 )
 from rlhf.process.wording import describe, nearest
@@ -114,7 +112,7 @@ def message_of(message: Any, where: str, role: str = "role", content: str = "con
         _refuse_second(rest, out)
         if calls:
             out["tool_calls"] = _checked_calls(calls, out["role"])
-        out |= _pictures_of(rest, read, out["content"])
+        out |= pictures_of_message(rest, read.images, out["content"])
         if "images" in out and out["role"] == "assistant":
             raise RowError("expected pictures in what is asked, found one in an answer")
         out |= _texts_of(rest, read)
@@ -245,30 +243,6 @@ def _part(part: Any, name: str) -> tuple[str, Any]:
     return kind, value
 
 
-def _pictures_of(rest: dict[str, Any], read: _Content, text: str) -> dict[str, Any]:
-    """The content with marks and images of a message that shows pictures: those of its parts, or
-    those of its key images, taken out of `rest`, whose marks stand in its text. Raises RowError.
-    """
-    key = picture_column(rest)
-    if key is None:
-        if read.images and text.count(PICTURE_MARK) != len(read.images):
-            raise RowError("expected texts without the character U+FFFC beside pictures")
-        return {"images": read.images} if read.images else {}
-    if read.images:
-        raise RowError(f"key {key!r}: expected pictures there or in parts, found both")
-    given = given_pictures(rest.pop(key), key)
-    mark = PICTURE_MARK if PICTURE_MARK in text else IMAGE_TEXT
-    marks = text.count(mark)
-    if not marks:
-        text = mark * len(given) + text
-    elif marks != len(given):
-        raise RowError(
-            f"key {key!r}: expected as many pictures as marks in the text, found {len(given)} "
-            f"pictures and {marks} marks"
-        )
-    return {"content": text.replace(mark, PICTURE_MARK), "images": given}
-
-
 def _text_beside(
     read: _Content, calls: list[Any], role: str, message: Mapping[Any, Any], key: str
 ) -> str:
@@ -341,7 +315,10 @@ def with_texts(message: Message, where: str, change: Change) -> Message:
     text itself is called `where`, the others are called by their keys below it.
     """
     out = cast(Message, {**message})
-    if message["content"] or "tool_calls" not in message:  # calls alone have no text
+    if "images" in message:
+        pieces = message["content"].split(PICTURE_MARK)
+        out["content"] = PICTURE_MARK.join(_changed_piece(where, text, change) for text in pieces)
+    elif message["content"] or "tool_calls" not in message:  # calls alone have no text
         out["content"] = change(where, message["content"])
     if "reasoning_content" in message:
         out["reasoning_content"] = change(
@@ -356,6 +333,15 @@ def with_texts(message: Message, where: str, change: Change) -> Message:
             calls.append({**call, "function": {**function, "arguments": arguments}})
         out["tool_calls"] = calls
     return out
+
+
+def _changed_piece(where: str, text: str, change: Change) -> str:
+    """A text beside pictures, whose blanks around it stay: they part it from the pictures."""
+    core = text.strip()
+    if not core:
+        return text
+    start = text.index(core[0])
+    return f"{text[:start]}{change(where, core)}{text[start + len(core) :]}"
 
 
 def _changed(value: Any, where: str, change: Change) -> Any:

@@ -20,13 +20,15 @@ from rlhf.data.formats import (
     label_studio,
     openai,
     sheet,
+    texts_in,
     trl,
 )
 from rlhf.data.formats.draft import Draft, Row, Writer, transcripts_as_turns
 from rlhf.data.formats.names import is_known
-from rlhf.data.formats.values import CANONICAL
+from rlhf.data.formats.values import CANONICAL, chats_of, on_messages, pictures_in
+from rlhf.data.media import IMAGE_TEXT
 from rlhf.data.rows import RowError
-from rlhf.types import UserError
+from rlhf.types import PICTURE_MARK, Message, UserError
 
 TARGETS: dict[DataTarget, dict[Use, Writer]] = {
     DataTarget.trl: trl.WRITE_TRL,
@@ -84,6 +86,9 @@ _WITH_TOOLS = (
     DataTarget.nectar,
     DataTarget.rewardbench,
 )
+# targets whose rows have marks in their texts and a column of paths, as LLaMA-Factory and ms-swift
+# read them
+_WITH_MARKS = (DataTarget.messages, DataTarget.sharegpt, DataTarget.alpaca)
 _SCORES = ("score_chosen", "score_rejected")  # read as a margin where there is none
 # own columns that would change what a conversation or a pair is
 _CHANGING = ("kto_tag", "system", "history", "input", "rejected_response")
@@ -122,6 +127,7 @@ def convert(kind: Use, columns: Mapping[str, Any], to: DataTarget) -> tuple[list
     own = {key: value for key, value in columns.items() if key not in (*content, "tools")}
     draft = Draft(content, own, [])
     beside = _tools(columns.get("tools"), to, draft)
+    beside |= _images(draft, to)
     _only_texts(draft, to)
     if to in _OF_TURNS:
         transcripts_as_turns(draft)
@@ -146,6 +152,37 @@ def _tools(tools: Any, to: DataTarget, draft: Draft) -> Row:
     if to is DataTarget.sharegpt:  # as LLaMA-Factory reads them
         return {"tools": json.dumps(tools, ensure_ascii=False)}
     return {"tools": tools}
+
+
+def _images(draft: Draft, to: DataTarget) -> Row:
+    """The column images of a row that shows pictures, whose texts get the mark <image>; nothing
+    where it shows none, or `to` has pictures in messages. Raises RowError where it can hold none.
+    """
+    shown = [message for chat in chats_of(draft.columns) for message in chat if "images" in message]
+    if not shown:
+        return {}
+    if to not in _WITH_MARKS:
+        if to in _WHOLE:
+            return {}
+        raise RowError(
+            f"a row that shows pictures can't be held by {to.value}. data.to=messages, sharegpt, "
+            "alpaca or trl holds it"
+        )
+    if any(IMAGE_TEXT in text for text in texts_in(draft.columns)):
+        raise RowError(
+            f"expected texts without {IMAGE_TEXT} beside pictures, since it stands for one in "
+            f"{to.value}. data.to=trl holds it"
+        )
+    paths = [picture["path"] for picture in pictures_in(draft.columns)]
+    draft.columns = on_messages(draft.columns, _marked)
+    return {"images": paths}
+
+
+def _marked(message: Message) -> Any:
+    if "images" not in message:
+        return message
+    held: Any = {key: value for key, value in message.items() if key != "images"}
+    return {**held, "content": message["content"].replace(PICTURE_MARK, IMAGE_TEXT)}
 
 
 def _only_texts(draft: Draft, to: DataTarget) -> None:

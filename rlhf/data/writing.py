@@ -39,6 +39,7 @@ _NESTED = (
     "fields",
     "responses",
     "answers",
+    "images",
 )
 _BATCH = 1024  # rows of a Parquet row group
 
@@ -139,7 +140,7 @@ def _cells(row: Row, notes: list[str], container: FileKind) -> Row:
     out: Row = {}
     for key, value in row.items():
         if isinstance(value, (list, dict)):
-            if key in _NESTED:
+            if key in _NESTED and value:
                 raise RowError(
                     f"key {key!r}: a {container.value} cell holds text, found {describe(value)}. "
                     "data.file=jsonl or parquet holds it"

@@ -17,7 +17,7 @@ from conf.stages import KTOStage, OnlineStage, PreferenceStage, SFTStage
 from rlhf.data import files, formats, reading
 from rlhf.data.converting import Seen
 from rlhf.data.formats import Use
-from rlhf.data.formats.values import columns_of, keys_of
+from rlhf.data.formats.values import columns_of, keys_of, on_messages
 from rlhf.data.loading import tell_unread
 from rlhf.data.messages import RECORD
 from rlhf.data.prepare import items
@@ -567,7 +567,7 @@ REFUSED = st.sampled_from(
         {"weight": 0.5},
         {"weight": 0, "loss": True},
         {"tool_call_id": 3},
-        {"images": ["x"]},
+        {"images": [{"path": "x"}]},
         {"thinking": "other"},
         {"tool_calls": "x"},
         {"content": 3},
@@ -644,8 +644,16 @@ def account_for(messages: list[dict[str, Any]], form: str) -> None:
         accounted(before, after, counted)
     for to in (DataTarget.messages, DataTarget.sharegpt, DataTarget.trl):
         written, notes = convert(use, columns_of(value, {}), to)
-        again = read(written[0], use)
+        again = on_messages(read(written[0], use), with_objects)
         assert again == value or notes
+
+
+def with_objects(message: Any) -> Any:
+    """A message whose pictures are objects, where a format has their paths."""
+    if "images" not in message:
+        return message
+    named = [one if isinstance(one, dict) else {"path": one} for one in message["images"]]
+    return {**message, "images": named}
 
 
 def accounted(before: dict[str, Any], after: dict[str, Any], counted: set[str]) -> None:

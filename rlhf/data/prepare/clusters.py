@@ -1,6 +1,6 @@
 """Clusters of duplicates: connected components of pairs, and the one row of each that stays."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from conf.preparation.base import Keep
@@ -26,6 +26,29 @@ def members(labels: Sequence[int]) -> list[list[int]]:
     for row, label in enumerate(labels):
         rows_of.setdefault(int(label), []).append(row)
     return list(rows_of.values())
+
+
+def beside_pictures(
+    shown: Sequence[Sequence[str]], cluster: Callable[[Sequence[int]], Sequence[int]]
+) -> list[int]:
+    """The number of each row's cluster, where rows with different pictures are never alike.
+
+    shown: each row's pictures; cluster: from the indices of some rows to numbers of clusters.
+    """
+    if not any(shown):
+        return [int(label) for label in cluster(range(len(shown)))]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row, pictures in enumerate(shown):
+        groups.setdefault(tuple(pictures), []).append(row)
+    labels, taken = [0] * len(shown), 0
+    for rows in groups.values():
+        own = [0]
+        if len(rows) > 1:
+            own = [int(label) for label in cluster(rows)]
+        for row, label in zip(rows, own, strict=True):
+            labels[row] = taken + label
+        taken += max(own, default=0) + 1
+    return labels
 
 
 def score(item: Item, column: str) -> float:

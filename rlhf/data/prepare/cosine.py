@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.preparation.duplicates import CosineDuplicates
-from rlhf.data.prepare.clusters import components, keep_one
+from rlhf.data.prepare.clusters import beside_pictures, components, keep_one
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.texts import sides
+from rlhf.data.prepare.texts import asked_about, sides
 from rlhf.data.prepare.vectors import vectors
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -89,11 +89,12 @@ def cosine_duplicates(
     texts = [sides(item.columns, options.part, context.kind) for item in rows]
     seen: dict[tuple[str, str], int] = {}
     unique_of = np.array([seen.setdefault(text, len(seen)) for text in texts], dtype=np.int64)
-    labels = unique_of
+    alike = np.arange(len(seen))
     if len(seen) > 1:
         matrix = vectors(list(seen), options.vectors, options.model)
         similar = dense_pairs if isinstance(matrix, np.ndarray) else sparse_pairs
-        labels = components(len(seen), *similar(matrix, options.threshold))[unique_of]
-    yield from keep_one(
-        rows, labels.tolist(), options.keep, options.column, "cosine duplicate", context
-    )
+        alike = components(len(seen), *similar(matrix, options.threshold))
+    labels = alike[unique_of]
+    shown = [asked_about(item.columns, options.part) for item in rows]
+    apart = beside_pictures(shown, lambda some: labels[list(some)].tolist())
+    yield from keep_one(rows, apart, options.keep, options.column, "cosine duplicate", context)

@@ -8,7 +8,7 @@ from typing import Any
 from conf.preparation.duplicates import ExactDuplicates
 from rlhf.data.formats import Use
 from rlhf.data.prepare.items import Context, Item
-from rlhf.data.prepare.texts import normalised, sides
+from rlhf.data.prepare.texts import asked_about, normalised, sides
 
 _SHARDS = 256
 _FIRST = 64  # slots of an empty shard
@@ -100,11 +100,11 @@ def key_of(text: str) -> bytes:
 
 
 def row_key(options: ExactDuplicates, columns: dict[str, Any], kind: Use) -> bytes:
-    """Equal for rows of the same text."""
+    """Equal for rows of the same text, and of the same pictures where what is asked counts."""
     good, bad = sides(columns, options.part, kind)
     if options.normalise:
         good, bad = normalised(good), normalised(bad)
-    return key_of(f"{good}\0{bad}")
+    return key_of("\0".join((good, bad, *asked_about(columns, options.part))))
 
 
 def exact_duplicates(

@@ -23,6 +23,7 @@ from rlhf.data.formats.unread import stands_in, texts_in
 from rlhf.data.formats.values import as_whole, columns_of, has_pictures, layout_of, not_carried
 from rlhf.data.mixture import Part, Source, mixed
 from rlhf.data.prepare import store
+from rlhf.data.prepare.images import IMAGES, kept_in
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.pipeline import READ, REJECTED_FILE, ReadItems
 from rlhf.data.prepare.plan import Planned, digest, plan
@@ -47,6 +48,8 @@ _OPTIONS = (
     "split",
     "join",
     "max_rows",
+    "image_dir",
+    "max_image_pixels",
 )
 
 
@@ -71,9 +74,11 @@ def items(
     rejected: LeftOut,
     set_aside: LeftOut,
     split: str = "train",
+    folder: Path | None = None,
 ) -> Iterator[Item]:
     """The rows of a split (train, eval) one by one in canonical columns, whatever files they come
-    from; a row of several pairs gives several items.
+    from; a row of several pairs gives several items. folder: in which the files of the rows'
+    pictures are kept, by names below it; None: they stay where they are.
 
     Rows that don't fit go to `rejected`, judgements that give no pair (ties, skips) to `set_aside`,
     each with its reason. A row's own columns follow the canonical ones, except those that had a
@@ -81,19 +86,21 @@ def items(
     """
     sources = sources_of(data, split)
     probe = PROBE + data.max_bad_rows
-    conversion = Conversion(kind, sources, rejected, set_aside, probe, data.system)
+    conversion = Conversion(
+        kind, sources, rejected, set_aside, probe, data.system, data.max_image_pixels
+    )
+    if folder is not None:
+        conversion.store = folder / IMAGES
     whole = len(_layouts(sources, kind, data, seed)) > 1
     counts: Counter[str] = Counter()
     for row in source_rows(data, seed, split):
         for record in conversion.records(row):
-            if has_pictures(record.value):
-                raise UserError(
-                    f"{record.place}: stage=data does not carry pictures, found a row that shows "
-                    "some. A stage that trains reads the file itself."
-                )
-            values = [record.value]
-            if kind is Use.unpaired and isinstance(record.value, PreferencePair):
-                values = list(both_sides(record.value))
+            value = record.value
+            if folder is not None and has_pictures(value):
+                value = kept_in(value, folder)
+            values = [value]
+            if kind is Use.unpaired and isinstance(value, PreferencePair):
+                values = list(both_sides(value))
             answers = conversion.format_of(record.origin).answers
             counts[record.origin] += 1
             if whole:
@@ -260,7 +267,9 @@ def reader(data: DataConfig, seed: int, kind: Use, folder: Path) -> ReadItems:
         bad, count = left_out.bad, 0
         splits = ("train",) if data.eval_path is None else ("train", "eval")
         for split in splits:
-            for item in items(data, seed, kind, left_out.rejected, left_out.set_aside, split):
+            for item in items(
+                data, seed, kind, left_out.rejected, left_out.set_aside, split, folder
+            ):
                 count += 1
                 # beyond the limit the files are read to their end for the list of bad rows only
                 if len(bad) <= data.max_bad_rows:

@@ -120,6 +120,18 @@ def replace_texts(columns: dict[str, Any], change: Callable[[str, str], str]) ->
     return out
 
 
+def shown_in(columns: dict[str, Any]) -> tuple[str, ...]:
+    """The hashes of the pictures that a row shows, in their order."""
+    out: list[str] = []
+    for key in CONTENT:
+        value = columns.get(key)
+        if not isinstance(value, list):
+            continue
+        for message in value:
+            out += [picture["sha256"] for picture in message.get("images", ())]
+    return tuple(out)
+
+
 def _lines(messages: Iterable[Message]) -> str:
     """What messages say, their calls included, a line each."""
     return "\n".join(text for message in messages for text in texts_of_message(message))

@@ -7,6 +7,7 @@ without its dictionaries of sets).
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.preparation.duplicates import NearDuplicates
-from rlhf.data.prepare.clusters import components, keep_one
+from rlhf.data.prepare.clusters import beside_pictures, components, keep_one
 from rlhf.data.prepare.exact import HashTable
-from rlhf.data.prepare.held import Mapped, gathered
+from rlhf.data.prepare.held import Mapped, gathered, picked
 from rlhf.data.prepare.items import Context, Item
 from rlhf.data.prepare.minhash import (
     BASE,
@@ -28,7 +29,7 @@ from rlhf.data.prepare.minhash import (
     signatures,
 )
 from rlhf.data.prepare.numbers import Numbers
-from rlhf.data.prepare.texts import normalised, sides
+from rlhf.data.prepare.texts import normalised, noting, sides
 from rlhf.process import parallel
 
 # share of the pairs at the threshold that the bands may leave out; of more similar ones they leave
@@ -354,16 +355,19 @@ def near_duplicates(
     options: NearDuplicates, items: Iterator[Item], context: Context
 ) -> Iterator[Item]:
     """Keep one row of each cluster."""
-    rows = gathered(items, context.folder)
+    shown: list[tuple[str, ...]] = []
+    rows = gathered(noting(items, options.part, shown), context.folder)
     texts = Mapped(lambda item: sides(item.columns, options.part, context.kind), rows)
-    labels = near_clusters(
-        texts,
-        threshold=options.threshold,
-        ngram=options.ngram,
-        count=options.permutations,
-        seed=context.seed,
-        numbers=options.numbers,
-    )
-    yield from keep_one(
-        rows, labels.tolist(), options.keep, options.column, "near duplicate", context
-    )
+
+    def cluster(some: Sequence[int]) -> Any:
+        return near_clusters(
+            texts if len(some) == len(rows) else picked(texts, array("Q", some)),
+            threshold=options.threshold,
+            ngram=options.ngram,
+            count=options.permutations,
+            seed=context.seed,
+            numbers=options.numbers,
+        )
+
+    labels = beside_pictures(shown, cluster)
+    yield from keep_one(rows, labels, options.keep, options.column, "near duplicate", context)

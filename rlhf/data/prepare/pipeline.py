@@ -22,7 +22,7 @@ from conf.preparation.base import StepOptions
 from rlhf.data.formats import Use
 from rlhf.data.prepare import store
 from rlhf.data.prepare.held import gathered
-from rlhf.data.prepare.items import Context, Item, ScorePairs
+from rlhf.data.prepare.items import Context, Item, ScorePairs, shown_in
 from rlhf.data.prepare.plan import Planned, digest, keys, option_values, plan
 from rlhf.data.prepare.rowwise import PART, StepPart, Steps
 from rlhf.data.prepare.steps import FIGURES, STEPS
@@ -90,7 +90,16 @@ class _Running:
                 return
             self.report.rows_in += 1
             self.alive()
+            self._refuse_pictures(item)
             yield item
+
+    def _refuse_pictures(self, item: Item) -> None:
+        why = "" if self._options is None else self._options.without_pictures
+        if why and shown_in(item.columns):
+            raise UserError(
+                f"step {self.report.step}: {item.place} shows pictures, and {why}. Leave the step "
+                "out, or prepare rows with pictures by themselves."
+            )
 
     def stream(self, rows: Iterator[Item]) -> Iterator[Item]:
         """The rows that come out, one at a time."""

@@ -2,15 +2,19 @@
 
 import hashlib
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from conf.preparation.base import Part
 from conf.preparation.sampling import Split, SplitBy
 from rlhf.data.prepare.balance import column_groups
-from rlhf.data.prepare.clusters import members
-from rlhf.data.prepare.held import Mapped, gathered
+from rlhf.data.prepare.clusters import beside_pictures, components, members
+from rlhf.data.prepare.held import Mapped, gathered, picked
 from rlhf.data.prepare.items import Context, Item, prompt_of
 from rlhf.data.prepare.near import near_clusters
+from rlhf.data.prepare.texts import noting
 from rlhf.types import UserError
 
 
@@ -43,23 +47,45 @@ def draw(
     return sorted(row for index in held for row in groups[index])
 
 
+def _clusters(
+    options: Split, rows: Sequence[Item], shown: Sequence[tuple[str, ...]], seed: int
+) -> list[int]:
+    """The number of each row's cluster of prompts. Prompts about different pictures (`shown` by
+    each row) are different ones; those that share a picture belong together.
+    """
+    texts = Mapped(lambda item: (prompt_of(item.columns), ""), rows)
+
+    def cluster(some: Sequence[int]) -> Any:
+        return near_clusters(
+            texts if len(some) == len(rows) else picked(texts, array("Q", some)),
+            threshold=options.threshold,
+            ngram=options.ngram,
+            count=options.permutations,
+            seed=seed,
+        )
+
+    labels = beside_pictures(shown, cluster)
+    first: dict[str, int] = {}  # row that shows a picture
+    pairs = [(row, first.setdefault(one, row)) for row, all_ in enumerate(shown) for one in all_]
+    if not pairs:
+        return labels
+    of_cluster: dict[int, int] = {}
+    pairs += [(row, of_cluster.setdefault(label, row)) for row, label in enumerate(labels)]
+    left, right = zip(*pairs, strict=True)
+    together: list[int] = components(len(rows), left, right).tolist()
+    return together
+
+
 def split(options: Split, items: Iterator[Item], context: Context) -> Iterator[Item]:
     """Set each row's split. Raises UserError where all rows have one prompt."""
-    rows = gathered(items, context.folder)
+    shown: list[tuple[str, ...]] = []
+    rows = gathered(noting(items, Part.prompt, shown), context.folder)
     if len(rows) < 2:
         raise UserError(f"step split: {len(rows)} rows can't be split: expected at least 2.")
     if options.by is SplitBy.row:
         groups = [[index] for index in range(len(rows))]
     else:
-        texts = Mapped(lambda item: (prompt_of(item.columns), ""), rows)
-        clusters = near_clusters(
-            texts,
-            threshold=options.threshold,
-            ngram=options.ngram,
-            count=options.permutations,
-            seed=context.seed,
-        )
-        groups = members(clusters.tolist())
+        groups = members(_clusters(options, rows, shown, context.seed))
     if len(groups) < 2:
         raise UserError(
             f"step split: all {len(rows)} prompts are one or near duplicates "

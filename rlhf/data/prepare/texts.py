@@ -1,12 +1,12 @@
 """Which texts of a row a step looks at, and what counts as the same text."""
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from conf.preparation.base import Part
 from rlhf.data.formats import Use
-from rlhf.data.prepare.items import answers_of, joined, prompt_of
+from rlhf.data.prepare.items import Item, answers_of, joined, prompt_of, shown_in
 
 
 def normalised(text: str) -> str:
@@ -76,6 +76,22 @@ def sides(columns: dict[str, Any], part: Part, kind: Use) -> tuple[str, str]:
     others = {k: v for k, v in columns.items() if k != bad}
     good = text_of(others, part) if part is Part.whole or answers_of(others) else ""
     return good, answers_of(columns)[bad]
+
+
+def asked_about(columns: dict[str, Any], part: Part) -> tuple[str, ...]:
+    """The pictures that make rows of the same text different ones: none where answers alone are
+    compared.
+    """
+    if part is Part.answer:
+        return ()
+    return shown_in(columns)
+
+
+def noting(items: Iterable[Item], part: Part, shown: list[tuple[str, ...]]) -> Iterator[Item]:
+    """The items, each of whose pictures (`asked_about`) are added to `shown` as it passes."""
+    for item in items:
+        shown.append(asked_about(item.columns, part))
+        yield item
 
 
 def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:

@@ -47,8 +47,8 @@ def back_translate(
             "step back_translate: expected a split step before it, so that no copy of a held-out "
             "row trains."
         )
-    translator = translator or make_translator(options)
     rows = list(items)
+    translator = translator or make_translator(options)
     keys = [asked(item.columns, context.kind) if may_grow(item) else [] for item in rows]
     texts = [
         text_at(item.columns, where)

@@ -12,8 +12,9 @@ from typing import Any
 
 from conf.preparation.base import Part
 from rlhf.data.formats import Use
+from rlhf.data.prepare.clusters import beside_pictures
 from rlhf.data.prepare.held import Mapped
-from rlhf.data.prepare.items import Item, prompt_of
+from rlhf.data.prepare.items import Item, prompt_of, shown_in
 from rlhf.data.prepare.minhash import Sides
 from rlhf.data.prepare.near import Signed, clusters_of, key_of
 from rlhf.data.prepare.texts import sides
@@ -43,15 +44,18 @@ def prompt(item: Item) -> Sides:
 
 @dataclass(frozen=True, slots=True)
 class SignedRows:
-    """What a process does to some rows: their splits, and what near duplicates are told by."""
+    """What a process does to some rows: their splits, their pictures, and what near duplicates are
+    told by.
+    """
 
     text: Callable[[Item], Sides]
     seed: int
 
-    def __call__(self, items: list[Item]) -> tuple[list[str], Any]:
+    def __call__(self, items: list[Item]) -> tuple[list[str], list[tuple[str, ...]], Any]:
         texts = list(map(self.text, items))
         splits = [item.split for item in items]
-        return splits, Signed(self.seed)(texts)
+        shown = [shown_in(item.columns) for item in items]
+        return splits, shown, Signed(self.seed)(texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +78,29 @@ def _compared(
     numbers: bool,
 ) -> Compared:
     splits: list[str] = []
+    shown: list[tuple[str, ...]] = []
 
     def signed() -> Iterator[Any]:
-        for own, part in over(SignedRows(text, settings.seed), items):
+        for own, pictures, part in over(SignedRows(text, settings.seed), items):
             splits.extend(map(sys.intern, own))
+            shown.extend(pictures)
             yield part
 
     keys, clusters = clusters_of(
         signed(), Mapped(text, items), threshold=settings.near, numbers=numbers
     )
+    if any(shown):
+        keys = [_beside(key, own) for key, own in zip(keys, shown, strict=True)]
+        labels = beside_pictures(shown, lambda some: [int(clusters[row]) for row in some])
+        return Compared(items, splits, keys, labels)
     return Compared(items, splits, keys, clusters.tolist())
+
+
+def _beside(key: Key, shown: tuple[str, ...]) -> Key:
+    """The key of a text beside pictures: of rows of one text those with the same ones are equal."""
+    if not shown:
+        return key
+    return key_of((key.hex(), " ".join(shown)))
 
 
 def whole(items: Sequence[Item], settings: Settings) -> Compared:

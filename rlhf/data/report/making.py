@@ -23,10 +23,10 @@ from rlhf.data.report.content import (
 )
 from rlhf.data.report.duplicates import SignedRows, Whole, asked, duplicates, leakage, prompt, whole
 from rlhf.data.report.lengths import lengths, words_and_characters
-from rlhf.data.report.looked import Look, Looked
+from rlhf.data.report.looked import Look, Looked, over
 from rlhf.data.report.noise import noise, noise_of_part
 from rlhf.data.report.numbered import number, number_part
-from rlhf.data.report.origins import origins, places, preparation
+from rlhf.data.report.origins import origins, places, preparation, show_pictures
 from rlhf.data.report.pairs import judged, pairs
 from rlhf.data.report.records import Report, Section, Settings
 from rlhf.data.report.standards import standards
@@ -61,6 +61,7 @@ def examine(
         origins(items, settings, formats),
         preparation(steps),
         measured(lengths, items, settings),
+        *_of_pictures(items, settings),
         measured(duplicates, rows, settings, "train"),
         *([measured(duplicates, rows, settings, "eval")] if held else []),
         measured(leakage, rows, asked(items, settings) if both else rows, settings),
@@ -78,11 +79,20 @@ def examine(
     return sections
 
 
+def _of_pictures(items: Sequence[Item], settings: Settings) -> list[Section]:
+    """The section of pictures, where some row shows one."""
+    if not any(over(show_pictures, items)):
+        return []
+    from rlhf.data.report.pictures import pictures
+
+    return [measured(pictures, items, settings)]
+
+
 def _looked(items: Sequence[Item], settings: Settings, *, prompts: bool) -> tuple[Looked, Looked]:
     """All rows and `sampled` ones, with what the detectors ask of single rows. prompts: whether
     prompts are compared.
     """
-    looks: list[Look] = [places, classes, named_rows, noise_of_part]
+    looks: list[Look] = [show_pictures, places, classes, named_rows, noise_of_part]
     looks += [Checked.of(settings), GoldVerdicts(settings.kind)]
     if settings.tokenizer is None:
         looks.append(words_and_characters)
@@ -150,7 +160,13 @@ def make(
                 f"{strange.split}"
             )
     settings = Settings(
-        kind=kind, limit=limit, task=task, named=named, seed=seed, tokenizer=tokenizer
+        kind=kind,
+        limit=limit,
+        task=task,
+        named=named,
+        seed=seed,
+        tokenizer=tokenizer,
+        folder=folder,
     )
     sections = examine(train, held, settings, formats or {}, steps)
     by_name = {section.name: section for section in sections}

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rlhf.data.prepare.items import Item
+from rlhf.data.prepare.items import Item, shown_in
 from rlhf.data.prepare.store import StepReport
 from rlhf.data.report.looked import over
 from rlhf.data.report.records import Section, Settings, Table
@@ -21,6 +21,11 @@ def places(items: list[Item]) -> Counter[tuple[str, str, str | None]]:
             named = str(source)
         out[item.origin, item.split, named] += 1
     return out
+
+
+def show_pictures(items: list[Item]) -> bool:
+    """Whether some row shows a picture."""
+    return any(shown_in(item.columns) for item in items)
 
 
 def origins(items: Sequence[Item], settings: Settings, formats: Mapping[str, str]) -> Section:

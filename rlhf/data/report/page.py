@@ -5,12 +5,21 @@ Everything that stands between tags goes through `_text`, and a content security
 scripts and requests besides.
 """
 
+import base64
 import html
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rlhf.data.report.plots import draw
-from rlhf.data.report.records import Finding, Report, Section, Severity, Standard, StandardResult
+from rlhf.data.report.records import (
+    Finding,
+    Report,
+    Section,
+    Severity,
+    Standard,
+    StandardResult,
+    Thumbnail,
+)
 from rlhf.data.report.texts import safe
 
 _SHOWN = 20  # rows of a finding on the page; report.json has as many as data.report_rows
@@ -53,6 +62,10 @@ figcaption { font-weight: 600; }
 svg { max-width: 100%; height: auto; }
 summary { cursor: pointer; }
 """
+_SHEET_STYLE = """.sheet { display: flex; flex-wrap: wrap; gap: .75rem; }
+.thumb { margin: 0; width: 8rem; }
+.thumb figcaption { font-weight: 400; font-size: .75rem; overflow-wrap: anywhere; }
+"""
 
 
 def render(report: Report) -> str:
@@ -75,12 +88,16 @@ def render(report: Report) -> str:
         *(_section(section, numbers) for section in report.sections),
         "</main>",
     ]
+    style = _STYLE
     policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if any(section.thumbnails for section in report.sections):
+        policy += "; img-src data:"
+        style += _SHEET_STYLE
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<meta name="viewport" '
         'content="width=device-width, initial-scale=1">\n'
-        f"<title>Data report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Data report</title>\n<style>{style}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -173,11 +190,26 @@ def _standards(standards: Iterable[Standard]) -> str:
     return f'<section id="standards"><h2>Quality standards</h2>{inner}</section>'
 
 
+def _sheet(thumbnails: Sequence[Thumbnail]) -> str:
+    """A contact sheet: small copies of pictures, each with its row."""
+    figures = []
+    for one in thumbnails:
+        source = f"data:image/jpeg;base64,{base64.b64encode(one.jpeg).decode()}"
+        caption = _text(f"{one.place} ({one.split}), {one.size}")
+        figures.append(
+            f'<figure class="thumb"><img src="{source}" width="{one.width}" '
+            f'height="{one.height}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        )
+    return f'<h3>The first {len(thumbnails)}</h3><div class="sheet">{"".join(figures)}</div>'
+
+
 def _section(section: Section, numbers: Iterable[int]) -> str:
     parts = [f'<section id="{_text(section.name)}"><h2>{_text(section.title)}</h2>']
     if section.unmeasured is not None:
         parts.append(f"<p>Not measured: {_text(section.unmeasured)}.</p>")
     parts += [_table(t.title, t.columns, t.rows) for t in section.tables]
+    if section.thumbnails:
+        parts.append(_sheet(section.thumbnails))
     for plot, number in zip(section.plots, numbers, strict=False):
         parts.append(
             f"<figure><figcaption>{_text(plot.title)}</figcaption>{draw(plot, number)}</figure>"

@@ -98,6 +98,18 @@ class Bars:
 
 
 @dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A small copy of a picture, for the page."""
+
+    jpeg: bytes
+    width: int  # pixels
+    height: int
+    place: str  # the first row that shows the picture
+    split: str
+    size: str  # of the picture itself
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """What one detector says: figures for programs, findings, and tables and plots for people."""
 
@@ -108,6 +120,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Histogram | Bars, ...] = ()
     unmeasured: str | None = None  # why there is nothing to say
+    thumbnails: tuple[Thumbnail, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +135,7 @@ class Settings:
     near: float = 0.8  # as option threshold of step near_duplicates
     sample: int = 20_000  # rows at most that clusters and languages are counted on
     tokenizer: Any = None
+    folder: Path | None = None  # below which rows name their pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,12 @@ REMEDIES: dict[str, str] = {
     f"the held-out one; or {_ACROSS}",
     "prompt_leakage_exact": _ACROSS,
     "prompt_leakage_near": _ACROSS,
+    "same_pictures": "none where the questions differ; `{step: exact_duplicates}` leaves out rows "
+    "of the same text and the same pictures",
+    "similar_pictures": "look at them: copies of other sizes or kinds of file are no new pictures",
+    "held_out_pictures": "`{step: split}`, which keeps rows with the same picture on one side",
+    "similar_held_out_pictures": "one of the two pictures left out at the source: no step compares "
+    "what pictures show",
     "languages": "`{step: language, keep: [en]}`",
     "imbalance": "`{step: balance, column: label}`; for stage=kto also `stage.desirable_weight` "
     "and `stage.undesirable_weight`",
