@@ -26,7 +26,7 @@ from rlhf.data.mixture import Source, mixed
 from rlhf.data.prepare.held import gathered
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
-from rlhf.data.telling import Seen, tell
+from rlhf.data.telling import Seen, refuse_pictures, tell
 from rlhf.models.templates import PROCESSOR, template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
@@ -189,13 +189,11 @@ def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
     were empty; and pictures, where the model reads texts alone.
     """
     for key in keys.counts:
-        if key == "images" and PROCESSOR in vars(tokenizer):
-            continue
         if key == "images":
-            raise UserError(
-                f"{name}: messages show pictures ({keys.told(key)}), but the model of model.path "
-                "reads texts alone. Give one that reads pictures, or leave those rows out."
-            )
+            if PROCESSOR not in vars(tokenizer):
+                why = "the model of model.path reads texts alone. Give one that reads pictures"
+                refuse_pictures(keys, name, why)
+            continue
         if key in _IDENTITIES or template_reads(tokenizer, key):
             continue
         if key == "tool_calls":

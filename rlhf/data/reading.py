@@ -32,6 +32,7 @@ from rlhf.data.mixture import Source
 from rlhf.data.prepare.held import gathered, mapped, picked
 from rlhf.data.prompts import prompt_id, stable_hash, tokenised
 from rlhf.data.sources import eval_sources, given, train_sources
+from rlhf.data.telling import refuse_pictures
 from rlhf.process import distributed
 from rlhf.types import SOFT_LABEL, JudgedAnswer, PreferencePair, Prompt, UserError
 
@@ -366,9 +367,11 @@ def prompts(request: DataRequest, tokenizer: Any, split: str = "train") -> Seque
 
 def distinct_prompts(request: DataRequest, count: int | None) -> Loaded:
     """The first `count` different prompts of the training rows (all for None), none of them held
-    out. Raises UserError.
+    out. Raises UserError, also for rows that show pictures: people would not see them.
     """
     loaded = load(request, required_sources(request), Use.prompt)
+    why = f"stage={request.stage.name} shows people texts alone. Give it rows of texts"
+    refuse_pictures(loaded.keys, loaded.name, why)
     first: dict[str, Record] = {}
     for record in loaded.records:
         first.setdefault(prompt_id(record), record)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from rlhf.data.messages import RECORD
 from rlhf.process import distributed
+from rlhf.types import UserError
 
 LOG = logging.getLogger("rlhf.data")
 
@@ -36,6 +37,17 @@ class Seen:
         """For messages."""
         count, first = self.counts[name]
         return f"{count} rows, the first {first}"
+
+
+def refuse_pictures(keys: Seen, name: str, why: str) -> None:
+    """Raises UserError where some row of `name` shows pictures, `why` being what can't take them,
+    and what can.
+    """
+    if "images" in keys.counts:
+        raise UserError(
+            f"{name}: messages show pictures ({keys.told('images')}), but {why}, or leave those "
+            "rows out."
+        )
 
 
 def tell(notes: Seen, name: str) -> None:

@@ -25,6 +25,7 @@ from rlhf.models.processors import (
 )
 from rlhf.models.templates import pictures_of
 from rlhf.models.turns import ids_of
+from rlhf.process.pixels import PictureError, rgb
 from rlhf.types import Picture, UserError
 
 __all__ = [
@@ -73,7 +74,7 @@ def _found(ids: list[int], part: list[int]) -> int | None:
 
 
 def opened(picture: Picture) -> Any:
-    """A picture as PIL's, upright and in RGB, on white where it is transparent. Raises UserError
+    """A picture as PIL's, as rlhf/process/pixels.py makes it red, green and blue. Raises UserError
     where its file is not what it was when its row was read.
     """
     return _opened(picture["path"], picture["sha256"], picture["width"], picture["height"])
@@ -81,8 +82,6 @@ def opened(picture: Picture) -> Any:
 
 @functools.lru_cache(maxsize=_OPENED)
 def _opened(path: str, sha256: str, width: int, height: int) -> Any:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
         content = Path(path).read_bytes()
         changed = hashlib.sha256(content).hexdigest() != sha256
@@ -91,9 +90,8 @@ def _opened(path: str, sha256: str, width: int, height: int) -> Any:
                 f"the picture {path} has changed since its row was read (its sha256 is another). "
                 "Restore the file, or start the run anew."
             )
-        image: Any = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        image = _on_white(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        image = rgb(io.BytesIO(content))
+    except (OSError, PictureError) as error:
         raise UserError(
             f"the picture {path} can't be read ({type(error).__name__}: {error}). Restore the file."
         ) from error
@@ -103,16 +101,6 @@ def _opened(path: str, sha256: str, width: int, height: int) -> Any:
             f"{width} x {height}. Read the rows anew."
         )
     return image
-
-
-def _on_white(image: Any) -> Any:
-    from PIL import Image
-
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def picture_inputs(

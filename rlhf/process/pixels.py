@@ -34,7 +34,6 @@ FORMATS = {
 }
 _NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 _GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
-_TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 _PER_LEVEL = 257  # 65535 / 255
 
 
@@ -134,7 +133,7 @@ def _as_rgb(image: "Image.Image") -> "Image.Image":
     if image.mode in _GREY_16 or image.mode == "I":
         grey = image.convert("I").point(lambda level: level * (1 / _PER_LEVEL))
         return grey.convert("L").convert("RGB")
-    if image.mode in _TRANSPARENT or "transparency" in image.info:
+    if image.has_transparency_data:
         over = image.convert("RGBA")
         paper = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(paper, over).convert("RGB")

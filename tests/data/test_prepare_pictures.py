@@ -286,7 +286,12 @@ def test_the_page_shows_the_first_24_and_asks_nobody(tmp_path: Path) -> None:
 def test_a_report_of_texts_has_no_word_of_pictures(tmp_path: Path) -> None:
     made = prepared(tmp_path, [asking("Hi"), asking("Ho")], "data.report=true")
     page = (made / "report.html").read_text(encoding="utf-8")
-    assert "<img" not in page and "img-src" not in page and "sheet" not in page and "icture" not in page
+    assert (
+        "<img" not in page
+        and "img-src" not in page
+        and "sheet" not in page
+        and "icture" not in page
+    )
     assert not (made / "images").exists()
 
 

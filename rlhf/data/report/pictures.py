@@ -32,6 +32,7 @@ from rlhf.data.report.records import (
 )
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile
+from rlhf.models.turns import PROCESSOR, ids_of
 from rlhf.process import parallel
 from rlhf.process.pixels import PictureError, rgb
 from rlhf.types import Picture, UserError
@@ -41,6 +42,7 @@ _SIDE = 112  # pixels of a thumbnail's longer side
 _MOST_SIGNS = 6  # places of 128 in which nearly equal pictures may differ
 _MOST_LEVELS = 10.0  # of 255, by which their colours may, on average
 _TOGETHER = 16  # pictures that a process opens at once
+_MOST_SIZES = 500  # of pictures, whose tokens are counted
 _BLOCK = 512  # pictures compared at once with all others
 
 
@@ -137,8 +139,26 @@ def _kinds(found: Sequence[Seen]) -> Table:
 
 
 def _tokens(found: Sequence[Seen], settings: Settings) -> dict[str, int]:
-    """How many tokens the model reads for a picture; nothing without a model of pictures."""
-    return {}
+    """How many tokens the model reads for a picture of its size; nothing without a model that
+    reads pictures. Of many sizes the first _MOST_SIZES are counted.
+    """
+    if settings.tokenizer is None or PROCESSOR not in vars(settings.tokenizer):
+        return {}
+    processor = vars(settings.tokenizer)[PROCESSOR]
+    by_size: dict[tuple[int, int], int] = {}
+    for one in found:
+        size = one.picture["width"], one.picture["height"]
+        if size not in by_size and len(by_size) < _MOST_SIZES:
+            text = processor.text_of(one.picture)
+            by_size[size] = len(ids_of(settings.tokenizer, [text])[0])
+    sizes = ((one.picture["width"], one.picture["height"]) for one in found)
+    counts = sorted(float(by_size[size]) for size in sizes if size in by_size)
+    return {
+        "least": int(counts[0]),
+        "median": int(quantile(counts, 0.5)),
+        "most": int(counts[-1]),
+        "pictures": len(counts),
+    }
 
 
 # ---- alike ----

@@ -14,6 +14,7 @@ from reward.base import model_paths
 from rlhf.data import reading, sources
 from rlhf.data.formats import Use
 from rlhf.data.loading import DataRequest
+from rlhf.data.telling import refuse_pictures
 from rlhf.labels import ab_export, selection
 from rlhf.labels.asking import Question
 from rlhf.labels.candidates import Response, first_prompts
@@ -192,8 +193,10 @@ def select_gold(
     source = sources.one_source(label.gold_path, "label.gold_path")
     # the options about data.path, such as a chat template, are not about this file
     plain = replace(request, data=DataConfig(max_bad_rows=request.data.max_bad_rows))
-    pairs = reading.load(plain, [source], Use.preference).values()
-    gold = selection.draw_gold(pairs, main, label, request.seed)
+    loaded = reading.load(plain, [source], Use.preference)
+    why = "stage=label shows people texts alone. Give it pairs of texts"
+    refuse_pictures(loaded.keys, loaded.name, why)
+    gold = selection.draw_gold(loaded.values(), main, label, request.seed)
     if not label.prelabel:
         return gold
     # A suggestion that gold tasks lack would give them away.
