@@ -32,17 +32,21 @@ from rlhf.data.report.records import (
 )
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile
-from rlhf.models.turns import PROCESSOR, ids_of
+from rlhf.models.templates import PROCESSOR
+from rlhf.models.turns import ids_of
 from rlhf.process import parallel
 from rlhf.process.pixels import PictureError, rgb
 from rlhf.types import Picture, UserError
 
+Signs = NDArray[np.uint64]  # [2], or [P, 2] of several pictures
+Levels = NDArray[np.int16]  # [48], or [P, 48]
 SHOWN = 24  # thumbnails on the page
 _SIDE = 112  # pixels of a thumbnail's longer side
 _MOST_SIGNS = 6  # places of 128 in which nearly equal pictures may differ
 _MOST_LEVELS = 10.0  # of 255, by which their colours may, on average
 _TOGETHER = 16  # pictures that a process opens at once
 _MOST_SIZES = 500  # of pictures, whose tokens are counted
+_MOST_COMPARED = 5_000  # different pictures; each is compared with all others
 _BLOCK = 512  # pictures compared at once with all others
 
 
@@ -52,6 +56,30 @@ class Seen:
 
     picture: Picture
     rows: list[tuple[int, str]]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.picture["width"], self.picture["height"]
+
+    @property
+    def kind(self) -> str:
+        """The ending of its file."""
+        ending = Path(self.picture["path"]).suffix
+        return ending.lower().removeprefix(".") or "no ending"
+
+    @property
+    def trains(self) -> int | None:
+        """The first training row that shows it."""
+        for row, split in self.rows:
+            if split == "train":
+                return row
+        return None
+
+    @property
+    def held(self) -> list[int]:
+        """The held-out rows that show it."""
+        return [row for row, split in self.rows if split == "eval"]
 
 
 def shown_pictures(items: list[Item]) -> list[tuple[str, list[Picture]]]:
@@ -74,7 +102,7 @@ def pictures(items: Sequence[Item], settings: Settings) -> Section:
                 known.rows.append((len(rows), split))
             rows.append(own)
     found = list(seen.values())
-    some = found[: settings.sample]
+    some = found[:_MOST_COMPARED]
     looks = _looks([_path(one.picture, settings) for one in some])
     near = similar(looks)
     findings = (
@@ -83,7 +111,8 @@ def pictures(items: Sequence[Item], settings: Settings) -> Section:
         *_across(items, found, near, settings),
     )
     figures = _figures(rows, found) | {"compared": len(some), "similar": len(near)}
-    tables = [_sizes(found), _kinds(found)]
+    kinds = Table("Kinds of files", ("ending", "pictures"), tuple(_kinds(found)))
+    tables = [_sizes(found), kinds]
     tokens = _tokens(found, settings)
     if tokens:
         figures["tokens"] = tokens
@@ -113,29 +142,26 @@ def _figures(rows: Sequence[Sequence[Picture]], found: Sequence[Seen]) -> dict[s
         "pictures": sum(counts),
         "different": len(found),
         "most_in_a_row": max(counts),
-        "kinds": dict(Counter(_kind(one.picture) for one in found).most_common()),
+        "kinds": dict(_kinds(found)),
     }
 
 
-def _kind(picture: Picture) -> str:
-    return Path(picture["path"]).suffix.lower().removeprefix(".") or "no ending"
+def _kinds(found: Sequence[Seen]) -> list[tuple[str, int]]:
+    counts = Counter(one.kind for one in found)
+    return counts.most_common()
 
 
 def _sizes(found: Sequence[Seen]) -> Table:
-    widths = sorted(float(one.picture["width"]) for one in found)
-    heights = sorted(float(one.picture["height"]) for one in found)
-    pixels = sorted(float(one.picture["width"] * one.picture["height"]) for one in found)
+    sizes = [one.size for one in found]
+    widths = sorted(float(width) for width, _ in sizes)
+    heights = sorted(float(height) for _, height in sizes)
+    pixels = sorted(float(width * height) for width, height in sizes)
     heads = ("", "smallest", "5 %", "median", "95 %", "largest")
     lines: list[tuple[str | int, ...]] = []
     for name, values in (("width", widths), ("height", heights), ("pixels", pixels)):
         figures = [quantile(values, share) for share in (0.0, 0.05, 0.5, 0.95, 1.0)]
         lines.append((name, *map(int, figures)))
     return Table("Sizes of different pictures, in pixels", heads, tuple(lines))
-
-
-def _kinds(found: Sequence[Seen]) -> Table:
-    counts = Counter(_kind(one.picture) for one in found)
-    return Table("Kinds of files", ("ending", "pictures"), tuple(counts.most_common()))
 
 
 def _tokens(found: Sequence[Seen], settings: Settings) -> dict[str, int]:
@@ -147,16 +173,17 @@ def _tokens(found: Sequence[Seen], settings: Settings) -> dict[str, int]:
     processor = vars(settings.tokenizer)[PROCESSOR]
     by_size: dict[tuple[int, int], int] = {}
     for one in found:
-        size = one.picture["width"], one.picture["height"]
-        if size not in by_size and len(by_size) < _MOST_SIZES:
-            text = processor.text_of(one.picture)
-            by_size[size] = len(ids_of(settings.tokenizer, [text])[0])
-    sizes = ((one.picture["width"], one.picture["height"]) for one in found)
-    counts = sorted(float(by_size[size]) for size in sizes if size in by_size)
+        if one.size in by_size or len(by_size) == _MOST_SIZES:
+            continue
+        text = processor.text_of(one.picture)
+        (ids,) = ids_of(settings.tokenizer, [text])
+        by_size[one.size] = len(ids)
+    known = [one.size for one in found if one.size in by_size]
+    counts = sorted(float(by_size[size]) for size in known)
     return {
-        "least": int(counts[0]),
+        "least": int(min(counts)),
         "median": int(quantile(counts, 0.5)),
-        "most": int(counts[-1]),
+        "most": int(max(counts)),
         "pictures": len(counts),
     }
 
@@ -171,51 +198,52 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: {error}") from error
 
 
-def _look(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
-    """[16] 128 signs of differences, and [48] the colours of a grid of 4 x 4. Raises UserError."""
+def _look(path: Path) -> tuple[Signs, Levels]:
+    """[2] 128 signs of differences, and [48] the colours of a grid of 4 x 4. Raises UserError."""
     from PIL import Image
 
     image = _opened(path)
     box = Image.Resampling.BOX
     # [8, 9] and [9, 8] grey levels
-    wide = np.asarray(image.convert("L").resize((9, 8), box), dtype=np.int16)
-    high = np.asarray(image.convert("L").resize((8, 9), box), dtype=np.int16)
-    across, down = np.diff(wide, axis=1) > 0, np.diff(high, axis=0) > 0
+    grey = image.convert("L")
+    wide = np.asarray(grey.resize((9, 8), box), dtype=np.int16)
+    high = np.asarray(grey.resize((8, 9), box), dtype=np.int16)
+    across = np.diff(wide, axis=1) > 0
+    down = np.diff(high, axis=0) > 0
     signs = np.concatenate([across.ravel(), down.ravel()])
-    colours = np.asarray(image.resize((4, 4), box), dtype=np.int16).ravel()
-    return np.packbits(signs), colours
+    colours = np.asarray(image.resize((4, 4), box), dtype=np.int16)
+    return np.packbits(signs).view(np.uint64), colours.ravel()
 
 
-def _look_at(paths: list[Path]) -> list[tuple[NDArray[np.uint8], NDArray[np.int16]]]:
+def _look_at(paths: list[Path]) -> list[tuple[Signs, Levels]]:
     return list(map(_look, paths))
 
 
-def _looks(paths: Sequence[Path]) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+def _looks(paths: Sequence[Path]) -> tuple[Signs, Levels]:
     """[P, 2] signs and [P, 48] colours of pictures."""
     signs, colours = [], []
     for part in parallel.over_parts(_look_at, paths, _TOGETHER):
         signs += [one for one, _ in part]
         colours += [own for _, own in part]
-    return np.stack(signs).view(np.uint64), np.stack(colours)
+    return np.stack(signs), np.stack(colours)
 
 
-def similar(looks: tuple[NDArray[np.uint64], NDArray[np.int16]]) -> list[tuple[int, int]]:
+def similar(looks: tuple[Signs, Levels]) -> list[tuple[int, int]]:
     """(picture, the first earlier one that is nearly the same)."""
     signs, colours = looks
     out: dict[int, int] = {}
     for start in range(0, len(signs), _BLOCK):
         block = signs[start : start + _BLOCK]
         # [B, P]
-        apart = np.bitwise_count(block[:, None, 0] ^ signs[None, :, 0]).astype(np.int16)
-        apart += np.bitwise_count(block[:, None, 1] ^ signs[None, :, 1])
-        first, other = np.nonzero(apart <= _MOST_SIGNS)
-        first += start
-        later = other > first
-        first, other = first[later], other[later]
-        levels = np.abs(colours[first] - colours[other]).mean(axis=1)
-        close = levels <= _MOST_LEVELS
-        for one, two in zip(first[close], other[close], strict=True):
-            out.setdefault(int(two), int(one))
+        apart = np.zeros((len(block), len(signs)), dtype=np.int16)
+        for half in (0, 1):
+            apart += np.bitwise_count(np.bitwise_xor.outer(block[:, half], signs[:, half]))
+        for first, differing in enumerate(apart, start):
+            others = np.flatnonzero(differing <= _MOST_SIGNS)
+            others = others[others > first]
+            levels = np.abs(colours[others] - colours[first])
+            for other in others[levels.mean(axis=1) <= _MOST_LEVELS].tolist():
+                out.setdefault(other, first)
     return sorted(out.items())
 
 
@@ -257,17 +285,17 @@ def _across(
     settings: Settings,
 ) -> tuple[Finding, ...]:
     """Held-out rows whose picture, or one that is nearly the same, training rows show as well."""
-    same = {}
+    same: dict[int, int] = {}
     for one in found:
-        trains = next((row for row, split in one.rows if split == "train"), None)
-        if trains is not None:
-            same.update({row: trains for row, split in one.rows if split == "eval"})
-    like = {}
-    for first, second in [*near, *((other, one) for one, other in near)]:
-        trains = next((row for row, split in found[second].rows if split == "train"), None)
-        if trains is not None:
-            like.update({row: trains for row, split in found[first].rows if split == "eval"})
-    close = [(row, other) for row, other in sorted(like.items()) if row not in same]
+        if one.trains is not None:
+            same.update(dict.fromkeys(one.held, one.trains))
+    like: dict[int, int] = {}
+    other_way = [(second, first) for first, second in near]
+    for first, second in [*near, *other_way]:
+        trained = found[second].trains
+        if trained is not None:
+            like.update(dict.fromkeys(found[first].held, trained))
+    close = [pair for pair in sorted(like.items()) if pair[0] not in same]
     exact = _marked(items, sorted(same.items()), "shows the same picture as", settings)
     near_ones = _marked(items, close, "shows nearly the same picture as", settings)
     check, other_check = "held_out_pictures", "similar_held_out_pictures"
