@@ -20,12 +20,13 @@ class OptimizerKind(Enum):
     paged_adamw_8bit = "paged_adamw_8bit"
     lion = "lion"  # Chen et al. 2023, arXiv:2302.06675
     lion_8bit = "lion_8bit"
+    muon = "muon"  # matrices of the blocks; the others by AdamW (Jordan et al. 2024)
     adafactor = "adafactor"  # without momentum (Shazeer & Stern 2018, arXiv:1804.04235)
 
     @property
     def of_bitsandbytes(self) -> bool:
         """Whether bitsandbytes has it."""
-        return self not in (OptimizerKind.adamw, OptimizerKind.adafactor)
+        return self not in (OptimizerKind.adamw, OptimizerKind.muon, OptimizerKind.adafactor)
 
     def state_bytes(self, weights: float, largest: float) -> float:
         """Bytes of its state for so many weights that train, at most; `largest` of them are in the

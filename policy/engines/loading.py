@@ -177,6 +177,20 @@ def rates_by_name(module: nn.Module, scale: Callable[[str], float]) -> Rates:
     return Rates(grouped(module, lambda name, param: (scale(name), 0)))
 
 
+def mark_tables(module: nn.Module) -> None:
+    """Mark the weights of embeddings and of heads, whose rows are of single tokens: Muon leaves
+    them to AdamW.
+    """
+    for part in module.modules():
+        tables: list[Any] = [part] if isinstance(part, nn.Embedding) else []
+        head_of: Any = getattr(part, "get_output_embeddings", None)
+        if head_of is not None:
+            tables.append(head_of())
+        for table in tables:
+            if isinstance(getattr(table, "weight", None), nn.Parameter):
+                table.weight.is_table = True
+
+
 def one_rate(module: nn.Module) -> Rates:
     """One group of all parameters that train."""
     return Rates((Group([param for param in module.parameters() if param.requires_grad]),))

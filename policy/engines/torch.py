@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf.choices import EngineKind
 from conf.schema import EngineConfig
 from policy.engines.base import NonFinite, OptimSettings, new_optimizer
-from policy.engines.loading import Rates, check_groups, one_rate, set_rates
+from policy.engines.loading import Rates, check_groups, mark_tables, one_rate, set_rates
 from policy.model import no_gather, tending_of
 from rlhf.process import distributed
 
@@ -55,12 +55,14 @@ class TorchEngine:
         # of the gradient that waits for its step, once it is clipped
         self._norm: float | None = None
         self.params = self.rates.params
+        mark_tables(self.module)
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().clone().requires_grad_()
             for p in self.params
         ]
         for param, master in zip(self.params, self.masters, strict=True):
             if master is not param:
+                vars(master)["is_table"] = vars(param).get("is_table", False)
                 param.register_post_accumulate_grad_hook(_adder(master))
         self.optimizer = new_optimizer(self._groups(), optim)
         self._hold()

@@ -221,7 +221,7 @@ def _modules(s: Settings, value: Any) -> Answer:
 
 
 def _optimizer(name: str) -> tuple[Key, ...]:
-    return missing("stage.optimizer has no such one", f"use_{name}", f"{name}_*")
+    return missing(shared.PROJECTED, f"use_{name}", f"{name}_*")
 
 
 def _reward_model(s: Settings, value: Any) -> Answer:
@@ -297,7 +297,8 @@ OWN: tuple[Key, ...] = (
     alone("export_dir", shared.RUN, _exported),
     *_optimizer("galore"),
     *_optimizer("apollo"),
-    *_optimizer("badam"),
+    *missing("stage.optimizer has no such one", "use_badam", "badam_*"),
+    to("use_muon", "stage.optimizer", lambda value: "muon" if flag(value) else "adamw"),
     to("recompute_granularity", "engine.gradient_checkpointing", lambda value: value is not None),
 )
 

@@ -65,7 +65,7 @@ REST: tuple[Key, ...] = (
     ),
     *missing("the reference is the start of the run", "ref_model", "ref_model_*"),
     *missing("reward models are directories that stage=reward wrote", "reward_model_*"),
-    *missing("stage.optimizer has no such one", "use_muon", "use_adam_mini"),
+    *missing("stage.optimizer has no such one", "use_adam_mini"),
     *missing(
         FUSED,
         """

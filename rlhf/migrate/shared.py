@@ -269,6 +269,7 @@ def _lowest_rate(s: Settings, more: Mapping[str, Any]) -> float:
 
 
 OPTIMIZER = ("stage.optimizer",)
+PROJECTED = "a run that it steps can't be resumed: its state is read back by no safe loader"
 _PLAIN = ("adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
 _OPTIMIZERS = {
     **dict.fromkeys(_PLAIN, "adamw"),
@@ -279,12 +280,15 @@ _OPTIMIZERS = {
     **dict.fromkeys(("lion", "lion_32bit", "paged_lion_32bit"), "lion"),
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), "lion_8bit"),
     "adafactor": "adafactor",
+    "muon": "muon",
 }
 
 
 def optimizer(name: Any) -> Answer:
     """The optimizer by its name in transformers."""
     text = str(name).lower()
+    if text.startswith(("galore", "apollo")):
+        return impossible(PROJECTED)
     if text not in _OPTIMIZERS:
         return impossible("stage.optimizer has no such one")
     note = "bitsandbytes' 8 bits in place of torchao's" if text.startswith("adamw_torch_") else ""

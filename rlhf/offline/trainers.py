@@ -26,7 +26,7 @@ from conf.schema import EngineConfig
 from policy.engines import resharding
 from policy.engines.base import GradientNoise, NonFinite, OptimSettings, Plateau, as_asked
 from policy.engines.deepspeed import in_kernels
-from policy.engines.loading import Rates
+from policy.engines.loading import Rates, mark_tables
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows
@@ -95,6 +95,7 @@ class StageTrainer(PrivateHooks):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
+            mark_tables(self.model)
             optimizer = as_asked(super().create_optimizer(model), self.schedule)
             if self.group_rates is not None:
                 optimizer = self.group_rates.group(optimizer)

@@ -84,6 +84,37 @@ def test_adafactor_is_transformers_own() -> None:
     assert torch.equal(stepped(trained, steps), weight.detach())
 
 
+def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(12, 8),
+            "wide": nn.Linear(8, 24),
+            "tall": nn.Linear(24, 8, bias=False),
+            "score": nn.Linear(8, 1, bias=False),
+        }
+    )
+    copies = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    matrices = [copies["wide.weight"], copies["tall.weight"]]
+    rest = [copies[name] for name in ("embedding.weight", "wide.bias", "score.weight")]
+    muon = torch.optim.Muon(
+        matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(rest, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+    settings = replace(OPTIM, optimizer=OptimizerKind.muon)
+    trained = TorchEngine(model, settings, torch.device("cpu"))
+    for _ in range(3):
+        for name, param in model.named_parameters():
+            param.grad = torch.randn_like(param)
+            copies[name].grad = param.grad.clone()
+        trained.step()
+        muon.step()
+        adam.step()
+    for name, param in model.named_parameters():
+        tolerance = 1e-4 if name in ("wide.weight", "tall.weight") else 1e-6
+        torch.testing.assert_close(param, copies[name], atol=tolerance, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
     [
@@ -174,5 +205,6 @@ def test_the_plan_counts_its_state(kind: OptimizerKind) -> None:
     states = training_states(counts, Setting(optimizer=kind))
     planned = states.resident["Adam"].device
     assert held <= planned + 8
-    if kind is not OptimizerKind.adafactor:  # whose plan is of one tensor's size
+    # Adafactor's plan is of one tensor's size, Muon's of weights that are all embedding
+    if kind not in (OptimizerKind.adafactor, OptimizerKind.muon):
         assert planned == pytest.approx(held, rel=0.05)

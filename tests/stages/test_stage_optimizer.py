@@ -41,7 +41,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", [OptimizerKind.adamw_8bit, OptimizerKind.adafactor])
+@pytest.mark.parametrize(
+    "kind", [OptimizerKind.adamw_8bit, OptimizerKind.adafactor, OptimizerKind.muon]
+)
 def test_a_run_learns_and_goes_on_as_if_never_stopped(kind: OptimizerKind, tmp_path: Path) -> None:
     whole = context(tmp_path, "whole", kind)
     sft.run(whole, stage_rows)
