@@ -291,9 +291,8 @@ def optimizer(name: Any) -> Answer:
         return impossible(PROJECTED)
     if text not in _OPTIMIZERS:
         return impossible("stage.optimizer has no such one")
-    note = "bitsandbytes' 8 bits in place of torchao's" if text.startswith("adamw_torch_") else ""
-    if text == "adamw_torch_fused":
-        note = ""
+    torchao = text in ("adamw_torch_8bit", "adamw_torch_4bit")
+    note = "bitsandbytes' 8 bits in place of torchao's" if torchao else ""
     return Answer(Fate.taken, {"stage.optimizer": _OPTIMIZERS[text]}, note)
 
 
