@@ -173,8 +173,18 @@ def check_run(folder: Path) -> list[Check]:
     pages = [folder / stage / "report.html" for stage in ("eval_reward", "eval")]
     return [
         *_gains(evaluation),
-        Check("lexicon, difference's lower end", evaluation.metric("eval/lexicon_low"), low=0.0),
-        Check("score, difference's lower end", evaluation.metric("eval/score_low"), low=0.0),
+        Check(
+            "lexicon, difference's lower end",
+            evaluation.metric("eval/lexicon_low"),
+            low=0.0,
+            strict=True,
+        ),
+        Check(
+            "score, difference's lower end",
+            evaluation.metric("eval/score_low"),
+            low=0.0,
+            strict=True,
+        ),
         Check("judge llm: it ranks", evaluation.metric("eval/llm/ranked"), high=0.0),
         Check("judge llm: pairs", evaluation.metric("eval/llm/pairs"), low=float(PROMPTS)),
         Check("reward model: accuracy", reward.metric("eval/films/accuracy"), low=0.7),
@@ -200,7 +210,8 @@ def _gains(evaluation: Run) -> list[Check]:
     for task, metric in (("sentiment", "accuracy"), ("sums", "numeric")):
         before = evaluation.metric(f"eval/{task}/before/{metric}_high")
         after = evaluation.metric(f"eval/{task}/after/{metric}_low")
-        out.append(Check(f"task {task}: lower end after, upper end before", after - before, low=0))
+        name = f"task {task}: lower end after, upper end before"
+        out.append(Check(name, after - before, low=0, strict=True))
     return out
 
 

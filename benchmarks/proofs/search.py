@@ -201,8 +201,13 @@ def checks(seeds: Mapping[int, Seed], repeated: Mapping[str, bool]) -> list[Chec
         Check(
             "searches that gave the same trials again", sum(repeated.values()), low=len(repeated)
         ),
-        Check("tpe's best loss below random's, mean over the seeds", gain.estimate, low=0.0),
-        Check("   lower end of its 95 % interval", gain.low, low=0.0),
+        Check(
+            "tpe's best loss below random's, mean over the seeds",
+            gain.estimate,
+            low=0.0,
+            strict=True,
+        ),
+        Check("   lower end of its 95 % interval", gain.low, low=0.0, strict=True),
         Check("steps that pruning saves, as a share", saved, low=MIN_SAVED),
         Check("seeds in which pruning keeps the same best", sum(kept), low=len(kept)),
     ]
