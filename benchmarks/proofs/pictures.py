@@ -215,9 +215,9 @@ def build_model(folder: Path, seed: int) -> None:
 
 # ---- runs ----
 
-_SFT = ("stage.steps=500", "stage.batch_size=32", "stage.learning_rate=1e-3", "stage.max_length=48")
+_SFT = ("stage.steps=320", "stage.batch_size=32", "stage.learning_rate=1e-3", "stage.max_length=48")
 _GRPO = (
-    "stage.steps=100",
+    "stage.steps=30",
     "stage.prompts_per_step=32",
     "stage.samples_per_prompt=8",
     "stage.learning_rate=3e-4",
