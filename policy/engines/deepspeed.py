@@ -327,7 +327,7 @@ def _same_head_calls(module: Any, cfg: EngineConfig) -> None:
 
 
 def _hidden_size(module: Any) -> int:
-    return int(module.model.config.hidden_size)
+    return int(module.model.config.get_text_config().hidden_size)
 
 
 def to_universal(source: Path, target: Path, *, workers: int) -> None:

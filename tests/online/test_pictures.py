@@ -19,8 +19,10 @@ from rlhf.stages import online as online_stage
 from rlhf.types import EncodedPrompts, EncodedRows, Prompt, UserError
 from tests import vision
 
+OFTEN = ("idefics3", "qwen2_vl")
 CASES = [
-    *((family, "hf") for family in vision.FAMILIES),
+    *((family, "hf") for family in OFTEN),
+    *(pytest.param(f, "hf", marks=pytest.mark.full) for f in vision.FAMILIES if f not in OFTEN),
     pytest.param("idefics3", "vllm", marks=pytest.mark.vllm),
 ]
 SEEN: list[list[Any]] = []  # what the reward function was given
@@ -63,7 +65,7 @@ def options(model: Path, folder: Path, *overrides: str) -> list[str]:
         "tracking=none",
         f"run.dir={folder}",
         "data.path=prompts.jsonl",
-        "data.max_prompt_length=100",
+        "data.max_prompt_length=240",
         "reward.function=tests.online.test_pictures:short_words",
         "stage.steps=2",
         "stage.prompts_per_step=4",

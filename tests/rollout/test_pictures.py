@@ -34,7 +34,7 @@ def config(backend: str, path: Path) -> Config:
         stage=OnlineStage(),
         model=ModelConfig(path=str(path), dtype=Dtype.float32),
         rollout=settings,
-        data=DataConfig(max_prompt_length=120),
+        data=DataConfig(max_prompt_length=240),
     )
 
 
