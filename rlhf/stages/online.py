@@ -87,7 +87,7 @@ def check(cfg: Config) -> list[str]:
     acting_in(cfg.environment, tokenizer)
     kind, judges = cfg.environment.kind, scoring_models(cfg.reward, stage.watch)
     if inputs.check_pictures(cfg.model.path, tokenizer, cfg.rollout, kind, judges):
-        check_pictures(cfg.model.path, cfg.engine)
+        check_pictures(cfg.model.path, stage, cfg.engine)
     reading = check_scores(stage, cfg.reward, tokenizer)
     reading += check_watch(stage, cfg.reward, tokenizer)
     inputs.refuse_texts(cfg.environment.kind, reading)
@@ -100,7 +100,7 @@ def check(cfg: Config) -> list[str]:
     return notes
 
 
-def check_pictures(path: str | None, engine: EngineConfig) -> None:
+def check_pictures(path: str | None, stage: OnlineStage, engine: EngineConfig) -> None:
     """What the policy of `path`, which reads pictures, can't be trained with, by name. Raises
     UserError.
     """
@@ -114,6 +114,11 @@ def check_pictures(path: str | None, engine: EngineConfig) -> None:
         raise UserError(
             f"engine.sequence_parallel={engine.sequence_parallel}: {reads}, and ranks share rows "
             "of text alone. Set engine.sequence_parallel=1."
+        )
+    if stage.advantage is Advantage.gae:
+        raise UserError(
+            f"stage.advantage=gae: {reads}, and a critic reads texts alone. Set "
+            "stage.advantage=group (stage=grpo)."
         )
 
 
