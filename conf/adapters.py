@@ -4,6 +4,7 @@ the method: how its weights go to the generator, and whether whole weights can h
 
 import re
 from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 from conf.choices import AdapterKind, Carrier, LoraInit, Quantization
@@ -24,6 +25,14 @@ _DEFAULT_ROWS = 512
 LOOKS_AT_ROWS = (LoraInit.eva, LoraInit.corda)  # starts of LoRA
 
 
+class AdapterPart(Enum):
+    """Where a picture model's adapter is looked for."""
+
+    language = "language"
+    vision = "vision"  # all that is not the language model: the tower, and what joins the two
+    both = "both"
+
+
 @dataclass(slots=True, kw_only=True)
 class AdapterConfig:
     """Which weights are trained: all of them (``none``), or those of an adapter beside a frozen
@@ -42,6 +51,11 @@ class AdapterConfig:
     dropout: float = option(0.0, "Dropout probability of the adapter's input.", at_least=0, below=1)
     targets: list[str] = option(
         ["all-linear"], "Names of the modules that are adapted, or all-linear.", filled=True
+    )
+    part: AdapterPart = option(
+        AdapterPart.language,
+        "Models that read pictures: adapt the language model, the part for pictures (the tower and "
+        "its projector), or both.",
     )
     rslora: bool = option(
         False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."
@@ -229,9 +243,9 @@ def _changed(name: str, value: Any) -> tuple[str, Any]:
 
 _ALWAYS_READ = ("kind", "load", "load_weights")
 # What a critic's adapter takes over from the policy's (conf.schema.critic_adapter).
-_CRITIC = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
+_CRITIC = ("rank", "alpha", "dropout", "targets", "part", "rslora", "dora")
 _HELD = ("quantize", "double_quantize")
-_LOW_RANK = ("rank", "alpha", "dropout", "targets", "save_whole", *_HELD)
+_LOW_RANK = ("rank", "alpha", "dropout", "targets", "part", "save_whole", *_HELD)
 # The options that each method reads beside those and its name, and merge_on_save where the method
 # merges.
 READS: dict[AdapterKind, tuple[str, ...]] = {
@@ -252,10 +266,10 @@ READS: dict[AdapterKind, tuple[str, ...]] = {
     AdapterKind.lora_mini: (*_LOW_RANK, "lora_mini"),
     AdapterKind.rasa: (*_LOW_RANK, "rasa"),
     AdapterKind.molora: (*_LOW_RANK, "molora"),
-    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets", *_HELD),
-    AdapterKind.ia3: ("targets", "save_whole"),
-    AdapterKind.vera: ("rank", "dropout", "targets", "save_whole", "vera"),
-    AdapterKind.oft: ("dropout", "targets", "save_whole", "oft"),
+    AdapterKind.bottleneck: ("bottleneck", "dropout", "targets", "part", *_HELD),
+    AdapterKind.ia3: ("targets", "part", "save_whole"),
+    AdapterKind.vera: ("rank", "dropout", "targets", "part", "save_whole", "vera"),
+    AdapterKind.oft: ("dropout", "targets", "part", "save_whole", "oft"),
     AdapterKind.prompt: ("prompt", "sample_rows"),
     AdapterKind.ptuning: ("prompt", "sample_rows"),
     AdapterKind.prefix: ("prompt", "sample_rows"),

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,9 @@ from rlhf.models.parts import (
 from rlhf.process.files import json_object
 from rlhf.types import Tools, UserError
 
-Reader = Callable[[Tensor, Tensor], Tensor]  # `last_token_scores` of some model
+Reader = Callable[..., Tensor]  # `last_token_scores` of some model
+# what a picture model reads beside token ids [B, L] of the rows of these numbers
+See = Callable[[Sequence[int], Tensor], Mapping[str, Tensor]]
 MANIFEST_FILE = "reward_model.json"
 FORMAT_VERSION = 1
 _KINDS: dict[str, Any] = {  # types of the fields that scoring relies on
@@ -206,9 +208,11 @@ def longest_text(module: Any) -> int:
     return positions - virtual_tokens(lm)
 
 
-def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor:
+def last_token_scores(
+    module: Any, input_ids: Tensor, lengths: Tensor, seen: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Scores [B] float32, read at the last token of each row. `input_ids` [B, L] is padded on the
-    right, `lengths` [B].
+    right, `lengths` [B]; seen: what a picture model reads beside them.
 
     The last token is that of the length, not the one before the first padding id, because padding
     may be the end-of-sequence token. The head runs in float32: half precision would round scores to
@@ -219,7 +223,7 @@ def last_token_scores(module: Any, input_ids: Tensor, lengths: Tensor) -> Tensor
     mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :] < lengths[:, None]
     # [B, L, H]
     hidden = backbone(
-        input_ids=input_ids, attention_mask=mask.long(), use_cache=False
+        input_ids=input_ids, attention_mask=mask.long(), use_cache=False, **(seen or {})
     ).last_hidden_state
     last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1].float()  # [B, H]
     head = lm.score
@@ -260,9 +264,10 @@ def score_rows(
     budget: int,
     device: torch.device,
     passes: Callable[[int], int] = int,
+    see: See | None = None,
 ) -> list[float]:
     """`score_ids` by `read`. `passes`: how often every rank calls it, from how often this one has
-    to; calls beyond those read a token of no meaning.
+    to; calls beyond those read a token of no meaning. see: of a picture model.
     """
     out = [math.nan] * len(rows)
     lengths = [len(row) for row in rows]
@@ -274,7 +279,9 @@ def score_rows(
         for line, row in enumerate(batch):
             input_ids[line, : lengths[row]] = torch.tensor(rows[row])
         sizes = torch.tensor([lengths[row] for row in batch], device=device)
-        scores = read(input_ids.to(device), sizes).tolist()
+        seen = {} if see is None else see(batch, input_ids)
+        further = [{name: value.to(device) for name, value in seen.items()}] if seen else []
+        scores = read(input_ids.to(device), sizes, *further).tolist()
         for row, score in zip(batch, scores, strict=True):
             out[row] = score
     for _ in range(spare):

@@ -89,6 +89,9 @@ class Message(TypedDict, total=False):
 # Columns of encoded rows that reach the loss: what a row weighs, and the probability that a pair's
 # chosen answer is the better one.
 WEIGHT, SOFT_LABEL = "weight", "soft_label"
+# Column of encoded rows of a picture model: the row's pictures in the order of their tokens, as
+# JSON. TRL takes a row with a column "images" for one of its own.
+PICTURES = "pictures"
 
 # What a template shows of the functions that may be called: JSON schemas, as OpenAI has them.
 Tools = list[dict[str, Any]]
@@ -218,6 +221,7 @@ class EncodedRows:
     files: tuple[Path, ...]  # that were read
     contexts: tuple[list[int], ...] = ()  # token ids that the trained policy's samples go on from
     conversational: bool = False  # conversations rather than texts
+    shown: tuple[list[Picture], ...] = ()  # the pictures of each of `contexts`; empty: none
 
 
 @dataclass(frozen=True, slots=True)

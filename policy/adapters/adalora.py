@@ -63,7 +63,7 @@ def attach(model: Any, adapter: AdapterConfig, fresh: Fresh) -> Any:
         deltaT=options.every,
         orth_reg_weight=options.orthogonality,
         total_step=1,  # known once the rows are; `Budget.begin`
-        target_modules=peft_targets(adapter),
+        target_modules=peft_targets(model, adapter),
         modules_to_save=modules_to_save(model, adapter, fresh.task),
     )
     adapted = put_on(model, adapter, config, SVDLinear)

@@ -82,7 +82,7 @@ def _config(model: Any, adapter: AdapterConfig, task: str) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=peft_targets(adapter),
+        target_modules=peft_targets(model, adapter),
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         rank_pattern=dict(adapter.rank_pattern),

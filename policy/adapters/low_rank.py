@@ -220,7 +220,7 @@ def options_of(model: Any, adapter: AdapterConfig, fresh: Fresh) -> dict[str, An
         "r": adapter.rank,
         "alpha": adapter.alpha,
         "dropout": adapter.dropout,
-        "target_modules": peft_targets(adapter),
+        "target_modules": peft_targets(model, adapter),
         "modules_to_save": modules_to_save(model, adapter, fresh.task),
     }
 

@@ -1,15 +1,17 @@
 """Which modules of a model adapter.targets, adapter.save_whole and the patterns by layer name."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from conf.adapters import AdapterPart
 from conf.schema import AdapterConfig
 from policy.model import size_of
 from rlhf.models.directories import CLASSIFIER
+from rlhf.models.facts import is_picture_model
 from rlhf.types import UserError
 
 ALL_LINEAR = ["all-linear"]
@@ -19,8 +21,12 @@ _HEAD = "score"  # a classifier's scalar head
 # ---- adapted ----
 
 
-def peft_targets(adapter: AdapterConfig) -> list[str] | str:
-    """adapter.targets as PEFT takes them."""
+def peft_targets(model: Any, adapter: AdapterConfig) -> list[str] | str:
+    """adapter.targets as PEFT takes them; of a picture model the names of all layers in the part
+    that adapter.part says.
+    """
+    if reads_pictures(model):
+        return list(adapted_layers(model, adapter))
     return "all-linear" if list(adapter.targets) == ALL_LINEAR else list(adapter.targets)
 
 
@@ -28,6 +34,7 @@ def adapted_layers(model: Any, adapter: AdapterConfig) -> dict[str, Any]:
     """The layers of a transformers model that adapter.targets names, by their names; all-linear:
     the linear ones of its blocks.
     """
+    inside = _in_part(model, adapter.part)
     everything = list(adapter.targets) == ALL_LINEAR
     head = model.get_output_embeddings()
     chosen = {}
@@ -38,9 +45,48 @@ def adapted_layers(model: Any, adapter: AdapterConfig) -> dict[str, Any]:
         else:
             known = linear or isinstance(module, nn.Embedding)
             taken = known and _is_named(name, adapter.targets)
-        if taken:
+        if taken and inside(name):
             chosen[name] = module
+    if not chosen and reads_pictures(model):
+        raise UserError(
+            f"adapter.part={adapter.part.value} adapter.targets={list(adapter.targets)}: that part "
+            "of the model has no such module. Expected another part, or other targets."
+        )
     return chosen
+
+
+def reads_pictures(model: Any) -> bool:
+    """Whether a transformers model reads pictures beside a text."""
+    return is_picture_model(model.config)
+
+
+def _in_part(model: Any, part: AdapterPart) -> Callable[[str], bool]:
+    """A test of a module's name: whether it is in the part of a picture model. All of a text model
+    is.
+    """
+    if part is AdapterPart.both or not reads_pictures(model):
+        return lambda name: True
+    language = f"{language_name(model)}."
+    head = model.get_output_embeddings()
+    wanted = part is AdapterPart.language
+
+    def inside(name: str) -> bool:
+        of_text = name.startswith(language) or model.get_submodule(name) is head
+        return of_text == wanted
+
+    return inside
+
+
+def language_name(model: Any) -> str:
+    """The name of the language model within a picture model."""
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder and name:
+            return name
+    raise UserError(
+        f"{model.config.model_type}: its language model can't be told from its part for pictures. "
+        "Set adapter.part=both."
+    )
 
 
 def adapted_linears(model: Any, adapter: AdapterConfig) -> dict[str, tuple[int, int]]:

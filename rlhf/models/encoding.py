@@ -27,7 +27,7 @@ from rlhf.models.turns import (
     text_ids,
     up_to_end,
 )
-from rlhf.types import Message, Tools, UserError
+from rlhf.types import Message, RowError, Tools, UserError
 
 IGNORED = -100  # label of a token that is not trained, torch's cross-entropy convention
 Chat = Sequence[Message]
@@ -123,6 +123,8 @@ def answer_ids(
     """
     turn: Message
     turn = answer if not isinstance(answer, str) else {"role": "assistant", "content": answer}
+    if turn.get("images"):
+        raise RowError("the answer holds pictures, which a policy can't write: remove them")
     if isinstance(context, str):
         return _after_text(tokenizer, context, str(turn["content"]), finished=finished)
     if is_text_turn(turn) and _stays(tokenizer, turn["content"]):

@@ -358,6 +358,12 @@ def is_picture_model(config: Any) -> bool:
     return has_part and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
+def is_picture_policy(path: str) -> bool:
+    """Whether the model at `path` reads pictures and writes texts: it is no classifier."""
+    names = model_file(path, "config.json").get("architectures") or [""]
+    return has_vision(path) and not str(names[0]).endswith(("ScalarHead", "Classification"))
+
+
 def language_class(config: Any) -> Any:
     """transformers' class that loads a language model of this configuration: one that reads
     pictures too, where that is what it is.
@@ -365,16 +371,6 @@ def language_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if is_picture_model(config) else AutoModelForCausalLM
-
-
-def language_class_at(path: str, trust_remote_code: bool) -> Any:
-    """The same for the model at `path`. Raises UserError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not has_vision(path):
-        return AutoModelForCausalLM
-    with readable(f"the model {path}: its configuration"):
-        return language_class(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def check_forward(model: Any, role: str) -> None:

@@ -221,7 +221,7 @@ def load_causal_lm(
 
 def _language_model(cfg: ModelConfig, held: Contents) -> Any:
     options = _loading_options(cfg, held)
-    kind = facts.language_class_at(held.weights, cfg.trust_remote_code)
+    kind = _language_class(held.weights, cfg.trust_remote_code)
     model = _whole(kind, held.weights, **options)
     for adapter in held.adapters:
         if adapter.task == CLASSIFIER:
@@ -231,6 +231,18 @@ def _language_model(cfg: ModelConfig, held: Contents) -> Any:
             )
         model = _merged(model, adapter, held)
     return model
+
+
+def _language_class(path: str, trust_remote_code: bool) -> Any:
+    """What loads the language model at `path`. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not facts.has_vision(path):
+        return AutoModelForCausalLM
+    with readable(f"the model {path}: its configuration"):
+        return facts.language_class(
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        )
 
 
 def _merged(model: Any, adapter: Adapter, held: Contents) -> Any:
@@ -354,7 +366,8 @@ def _classifier(cfg: ModelConfig, held: Contents) -> Any:
     """
     tasks = [adapter.task for adapter in held.adapters]
     policy = tasks.index(CLASSIFIER) if CLASSIFIER in tasks else len(tasks)
-    if policy == 0:
+    # the names in a picture model's files are those of its class, which a classifier's is not
+    if policy == 0 and not facts.is_picture_policy(held.weights):
         options = _loading_options(cfg, held)
         with readable(f"the model {held.path}"):
             config = one_label_config(held.weights, cfg.trust_remote_code, options.get("gguf_file"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from conf.adapters import AdapterConfig
 from conf.choices import AdapterKind
 from conf.schedule import TrainPart, UnfreezeConfig
+from rlhf.models.facts import language_class
 from rlhf.types import UserError
 
 EMBEDDINGS, NORMS, HEAD = "embeddings", "norms", "head"  # names that every family's parts have
@@ -285,7 +286,7 @@ def classifier_class(config: Any, trust_remote_code: bool = False) -> Any:
     """The class of a classifier of one label for a model's configuration: transformers' where that
     is a linear `score` on the last hidden states, else a `scalar_class`.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     names = getattr(config, "architectures", None) or [""]
     if config.model_type in _PREFIXED:
@@ -300,7 +301,8 @@ def classifier_class(config: Any, trust_remote_code: bool = False) -> Any:
             )
             if isinstance(getattr(theirs, "score", None), nn.Linear):
                 return type(theirs)
-        causal = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        auto = language_class(config)
+        causal = auto.from_config(config, trust_remote_code=trust_remote_code)
     kind: Any = type(causal)
     return scalar_class(kind)
 
@@ -349,7 +351,7 @@ def scalar_class(causal: Any) -> Any:
             """`input_ids` and `attention_mask` [B, L] -> logits [B, 1] float32, read at the last
             token of each row that the mask has.
             """
-            options = {name: value for name, value in options.items() if name in _PASSED_ON}
+            options = {name: value for name, value in options.items() if name.startswith(_PASSED)}
             backbone = getattr(self, self.backbone_name)
             hidden = backbone(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options
@@ -361,7 +363,9 @@ def scalar_class(causal: Any) -> Any:
             rows = torch.arange(len(input_ids), device=hidden.device)
             return SequenceClassifierOutput(logits=self.score(hidden[rows, last]))
 
-    stem = causal.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    stem = causal.__name__
+    for one in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
+        stem = stem.removesuffix(one)
     Classifier.__name__ = Classifier.__qualname__ = stem + _ENDING
     Classifier.__module__ = family.__module__  # transformers reads a family's abilities there
     return Classifier
@@ -375,7 +379,7 @@ def _width(whole: Any) -> int:
     return width if head is None else max(width, head.weight.shape[1])
 
 
-_PASSED_ON = ("position_ids", "inputs_embeds")
+_PASSED = ("position_ids", "inputs_embeds", "pixel_", "image_", "mm_token", "token_type_ids")
 
 
 # ---- what is added to a frozen model ----

@@ -84,17 +84,14 @@ def opened(picture: Picture) -> Any:
 def _opened(path: str, sha256: str, width: int, height: int) -> Any:
     try:
         content = Path(path).read_bytes()
-        changed = hashlib.sha256(content).hexdigest() != sha256
-        if changed:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(
                 f"the picture {path} has changed since its row was read (its sha256 is another). "
                 "Restore the file, or start the run anew."
             )
         image = rgb(io.BytesIO(content))
     except (OSError, PictureError) as error:
-        raise UserError(
-            f"the picture {path} can't be read ({type(error).__name__}: {error}). Restore the file."
-        ) from error
+        raise UserError(f"the picture {path} can't be read: {error}. Restore the file.") from error
     if image.size != (width, height):
         raise UserError(
             f"the picture {path} is {image.size[0]} x {image.size[1]} pixels, but its row says "

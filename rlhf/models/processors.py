@@ -19,12 +19,14 @@ from jinja2 import TemplateError
 from rlhf.models.directories import readable
 from rlhf.models.facts import is_picture_model, model_file
 from rlhf.models.turns import PROCESSOR, ids_of
+from rlhf.process.files import sha256
 from rlhf.types import PICTURE_MARK, Picture, RowError, UserError
 
 _VIDEO = "video_processor"
 _NEEDED = {"image_processor", "tokenizer", _VIDEO}
 # of what a processor gives, these are made from the text
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+IGNORED = -100  # label of a token that is not trained, as rlhf/models/encoding.py has it
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _TRIED = ((64, 48), (40, 72))  # width and height of the pictures that a processor is tried on
 
@@ -52,7 +54,8 @@ class Processor:
     def state(self) -> dict[str, Any]:
         """What tokens of pictures depend on."""
         written = json.loads(self.inner.to_json_string())
-        return {"class": type(self.inner).__qualname__, "content": written}
+        kind = type(self.inner).__qualname__
+        return {"class": kind, "content": written, "code": sha256(Path(__file__))}
 
     # ---- in the text ----
 
@@ -134,6 +137,15 @@ class Processor:
                     "it otherwise"
                 )
 
+    def unlabelled(self, ids: Sequence[int], labels: list[int]) -> list[int]:
+        """`labels` without those of tokens that stand for pictures."""
+        pairs = zip(ids, labels, strict=True)
+        return [IGNORED if token in self.feature_ids else label for token, label in pairs]
+
+    def features(self, ids: Sequence[int]) -> int:
+        """How many of a row's tokens stand for a part of a picture."""
+        return sum(ids.count(token) for token in self.feature_ids)
+
     # ---- saving ----
 
     def save(self, tokenizer: Any, directory: str | Path) -> None:
@@ -213,6 +225,7 @@ def _transformers_processor(path: str, config: Any, tokenizer: Any, trust: bool)
     written, _ = kind.get_processor_dict(path)
     if _VIDEO in parts:
         kind = _without_videos(kind)
+        written = {**written, _VIDEO: None}
     given = {"image_processor": images, "tokenizer": tokenizer}
     return kind.from_args_and_dict([given[name] for name in kind.get_attributes()], written)
 

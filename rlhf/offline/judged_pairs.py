@@ -2,7 +2,8 @@
 interval beside a baseline that looks at length alone, margins, calibration, and their pictures.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from trl import RewardTrainer
 
-from reward.model import Reader, score_rows
+from reward.model import Reader, See, score_rows
+from rlhf.models.templates import row_pictures
 from rlhf.offline import step_rows
+from rlhf.offline.picture_rows import seen_by
 from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
-from rlhf.types import SOFT_LABEL, WEIGHT, UserError
+from rlhf.types import SOFT_LABEL, WEIGHT, Picture, UserError
 
 _CONFIDENCE = (2.5, 97.5)  # percentiles of the bootstrap interval
 _SAMPLES = 8  # held-out pairs in samples.jsonl
@@ -40,16 +43,23 @@ def judge(
     budget: int,
     device: torch.device,
     passes: Callable[[int], int] = int,
+    processor: Any = None,
 ) -> Judged:
     """Score held-out pairs with a saved model, the rows shared out over the ranks. A collective.
 
     read, passes: of the model, as `score_rows` takes them; budget: tokens of one forward pass,
-    padding included.
+    padding included; processor: of a picture model.
     """
     chosen, rejected = pairs["chosen_ids"], pairs["rejected_ids"]
     mine = range(distributed.rank(), len(pairs), distributed.world_size())
     texts = [chosen[i] for i in mine] + [rejected[i] for i in mine]
-    scores = score_rows(read, texts, budget, device, passes)
+    see: See | None = None
+    if processor is not None:
+        shown = [row_pictures(pairs[i]) for i in mine] * 2
+
+        see = functools.partial(_seen, processor, shown)
+
+    scores = score_rows(read, texts, budget, device, passes, see)
     sides = np.full((2, len(pairs)), np.nan)
     for numbers, values in distributed.gather((list(mine), scores)):
         sides[0, numbers] = values[: len(numbers)]
@@ -62,6 +72,13 @@ def judge(
         np.array([len(ids) for ids in rejected]),
         soft_labels,
     )
+
+
+def _seen(
+    processor: Any, shown: Sequence[list[Picture]], numbers: Sequence[int], input_ids: Tensor
+) -> dict[str, Tensor]:
+    """What the model reads beside the token ids of the rows of these numbers."""
+    return seen_by(processor, [shown[number] for number in numbers], input_ids)
 
 
 def bootstrap_interval(

@@ -14,6 +14,7 @@ from torch import Tensor
 from conf.choices import PreferenceLoss
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows
+from rlhf.offline.picture_rows import seeing
 from rlhf.offline.private_hooks import CPOTrainer, DPOTrainer, ORPOTrainer
 from rlhf.offline.trainers import Carried, Inputs, Loss, StageTrainer
 from rlhf.process import distributed
@@ -115,6 +116,7 @@ class WithLikelihood(OverStep):
 
     def concatenated_forward(self, model: Any, batch: Inputs) -> tuple[Any, ...]:
         """TRL's outputs, of which the fifth is the likelihood term."""
+        model = seeing(model, self.processing_class, batch)
         outputs = list(super().concatenated_forward(model, batch))
         outputs[4] = outputs[4] * self.share(batch)
         return tuple(outputs)

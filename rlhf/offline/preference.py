@@ -20,7 +20,7 @@ from rlhf.offline.likelihood import CPO, DPO, ORPO
 from rlhf.offline.private_hooks import CPOConfig, DataCollatorForUnpairedPreference, ORPOConfig
 from rlhf.offline.setup import EXPERTS, unbalanced
 from rlhf.offline.trainers import StageTrainer
-from rlhf.types import WEIGHT, UserError
+from rlhf.types import PICTURES, WEIGHT, UserError
 
 AnyPreferenceStage = PreferenceStage | KTOStage | CPOStage | ORPOStage
 
@@ -144,7 +144,7 @@ def labelled(rows: datasets.Dataset) -> datasets.Dataset:
     """
 
     def columns(row: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {WEIGHT: row[WEIGHT]} if WEIGHT in row else {}
+        out: dict[str, Any] = {name: row[name] for name in (WEIGHT, PICTURES) if name in row}
         for side in ("chosen", "rejected"):
             context, answer = row["prompt_ids"], row[f"{side}_ids"]
             out[f"{side}_input_ids"] = context + answer

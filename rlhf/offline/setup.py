@@ -35,6 +35,7 @@ from policy.saving import replacing, save_model, with_further
 from rlhf.checks import inputs, launch
 from rlhf.models.directories import CLASSIFIER, trains_on_adapter
 from rlhf.models.loading import resolve_dtype, starts_whole, write_whole
+from rlhf.offline import picture_rows
 from rlhf.process import distributed
 from rlhf.process.libraries import quiet_libraries
 from rlhf.run.directory import LOOKED_UP
@@ -69,6 +70,7 @@ def check(cfg: Config) -> list[str]:
     ahead = virtual_tokens(cfg.adapter)
     packing = isinstance(stage, SFTStage) and stage.packing
     inputs.check_virtual_tokens(cfg.adapter, cfg.engine, packing=packing)
+    picture_rows.check(cfg.model.path, stage, cfg.engine, ahead)
     inputs.check_row_length(stage.max_length, cfg.model, ahead)
     tokenizer = inputs.policy_tokenizer(cfg.model, cfg.data.chat_template)
     notes = launch.gradient_note(cfg.engine, cfg.model.dtype)
@@ -122,12 +124,13 @@ def begin(batch_size: int, engine: EngineConfig) -> launch.BatchPlan:
     return plan
 
 
-def check_steps(stage: OfflineStage, rows: int) -> None:
-    """Raises UserError where steps grow beyond the training rows. Packed rows are counted later,
-    once they are packed.
+def check_rows(stage: OfflineStage, engine: EngineConfig, rows: EncodedRows) -> None:
+    """Raises UserError where steps grow beyond the training rows (packed rows are counted later,
+    once they are packed), and for rows that ranks can't share out.
     """
     if not (isinstance(stage, SFTStage) and stage.packing):
-        launch.count_steps(stage, rows)
+        launch.count_steps(stage, len(rows.train))
+    picture_rows.check_mixed(engine, rows)
 
 
 def start_engine(engine: EngineConfig) -> None:

@@ -36,10 +36,11 @@ from policy.batching import plan_micro_batches
 from policy.engines.deepspeed import write as write_in_shards
 from policy.model import NoTending, clip_scale, tending_of, write_plainly
 from rlhf.process import distributed
-from rlhf.types import SOFT_LABEL, WEIGHT
+from rlhf.types import PICTURES, SOFT_LABEL, WEIGHT
 
 Row = dict[str, Any]
 CARRIED = (WEIGHT, SOFT_LABEL)  # columns that reach the loss
+EXTRA = (*CARRIED, PICTURES)  # beside those that TRL knows
 Inputs = dict[str, Any]  # a row or a batch, by column
 
 

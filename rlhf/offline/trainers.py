@@ -30,6 +30,7 @@ from policy.engines.loading import Rates, mark_tables
 from policy.model import is_peft, load_tending, save_tending
 from rlhf.models.encoding import IGNORED
 from rlhf.offline import step_rows
+from rlhf.offline.picture_rows import own_names, with_pictures
 from rlhf.offline.private_hooks import PrivateHooks, deepspeed_load_checkpoint
 from rlhf.offline.step_rows import (
     CARRIED,
@@ -52,12 +53,11 @@ Loss = Callable[..., Any]  # a trainer's compute_loss(model, inputs, return_outp
 
 
 class StageTrainer(PrivateHooks):
-    """What every stage adds to TRL's trainer.
-
-    guard: what is done about bad losses and gradients; engine: of this launch; rates: of groups.
+    """What every stage adds to TRL's trainer. guard: what is done about bad losses and gradients;
+    engine: of this launch; rates: of groups.
     """
 
-    extra_columns = CARRIED
+    extra_columns = step_rows.EXTRA
     data_collator: Any
     optimizer: Any
     schedule: OptimSettings
@@ -76,7 +76,7 @@ class StageTrainer(PrivateHooks):
         self.group_rates = GroupRates.of(rates, engine)
         super().__init__(*args, **kwargs)
         self.tended = Tended(self.model)
-        self.data_collator = WithWeights(self.data_collator)
+        self.data_collator = with_pictures(WithWeights(self.data_collator), self.processing_class)
         if self.group_rates is not None:
             self.add_callback(self.group_rates)
 
@@ -303,8 +303,8 @@ class StageTrainer(PrivateHooks):
     @contextmanager
     def around_checkpoint(self, directory: Path) -> Iterator[None]:
         """Seal a checkpoint that was written. Raises UserError for a disk that takes no more."""
-        folder = directory.parent
-        with checkpoints.storing(f"checkpoint {directory}", directory, folder):
+        what, folder = f"checkpoint {directory}", directory.parent
+        with checkpoints.storing(what, directory, folder), own_names(self.model):
             yield
             distributed.barrier()
             if distributed.is_main():

@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from policy.engines.deepspeed import gather_zero3
 from policy.model import Gather, no_gather, trainable
 from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype
-from rlhf.models.turns import end_ids, response_text
+from rlhf.models.turns import PROCESSOR, end_ids, response_text
 from rlhf.offline.held_out import NO_HELD_OUT, Patience, watch_held_out
+from rlhf.offline.picture_rows import seen_by
 from rlhf.offline.private_hooks import (
     PREFIX_CHECKPOINT_DIR,
     TRAINER_STATE_NAME,
@@ -41,7 +42,7 @@ from rlhf.process import distributed
 from rlhf.process.supervision import Resident, Stopping, Watchdog
 from rlhf.run import console
 from rlhf.run.context import RunContext
-from rlhf.types import Interrupted, TrainingDiverged
+from rlhf.types import EncodedRows, Interrupted, TrainingDiverged
 
 LOG = logging.getLogger("rlhf.stages")
 _TIMINGS = ("_runtime", "_per_second")  # how the names of evaluation's timings end
@@ -311,15 +312,10 @@ def free_memory() -> None:
 
 
 def greedy_samples(
-    model: ModelConfig,
-    tokenizer: Any,
-    directory: Path,
-    contexts: Sequence[list[int]],
-    max_length: int,
-    engine: EngineConfig,
+    model: ModelConfig, rows: EncodedRows, directory: Path, max_length: int, engine: EngineConfig
 ) -> list[dict[str, Any]]:
-    """What the policy saved in `directory` writes after each of `contexts` (token ids), greedily,
-    as rows of samples.jsonl; contexts that fill `max_length` tokens are left out.
+    """What the policy saved in `directory` writes after each of the rows' contexts, greedily, as
+    rows of samples.jsonl; contexts that fill `max_length` tokens are left out.
 
     Under ZeRO-3 all ranks hold it together and write the same; elsewhere rank 0 does, and the
     others return nothing. A collective.
@@ -328,17 +324,15 @@ def greedy_samples(
     loader = loader_for(saved, AdapterConfig(), engine)
     if not (loader.parts or distributed.is_main()):
         return []
-    policy = loader.load(lambda: load_causal_lm(model, tokenizer, str(directory), native=True))
+    policy = loader.load(lambda: load_causal_lm(model, rows.tokenizer, str(directory), native=True))
     policy = policy.to(distributed.device()).eval()
     with loader.passing(policy):
-        return _written(policy, tokenizer, contexts, max_length)
+        return _written(policy, rows, max_length)
 
 
-def _written(
-    policy: Any, tokenizer: Any, contexts: Sequence[list[int]], max_length: int
-) -> list[dict[str, Any]]:
-    rows = []
-    for context in contexts:
+def _written(policy: Any, rows: EncodedRows, max_length: int) -> list[dict[str, Any]]:
+    tokenizer, out = rows.tokenizer, []
+    for number, context in enumerate(rows.contexts):
         new_tokens = min(_SAMPLE_TOKENS, max_length - len(context))
         if not context or new_tokens < 1:
             continue
@@ -349,10 +343,11 @@ def _written(
                 attention_mask=torch.ones_like(input_ids),
                 do_sample=False,
                 max_new_tokens=new_tokens,
+                **_seen(rows, number, input_ids),
             )[0]
         response = whole[len(context) :].tolist()
         finished = not set(response).isdisjoint(end_ids(tokenizer))
-        rows.append(
+        out.append(
             {
                 "prompt": tokenizer.decode(context),
                 "response": response_text(tokenizer, response, chat=False),
@@ -360,4 +355,12 @@ def _written(
                 "finish_reason": "stop" if finished else "length",
             }
         )
-    return rows
+    return out
+
+
+def _seen(rows: EncodedRows, number: int, input_ids: torch.Tensor) -> dict[str, Any]:
+    """What a picture model reads beside a context; nothing for others."""
+    processor = vars(rows.tokenizer).get(PROCESSOR)
+    if processor is None:
+        return {}
+    return seen_by(processor, rows.shown[number : number + 1], input_ids)

@@ -7,6 +7,7 @@ keeps them in a file. Rows with a column ``weight`` keep it, divided by its mean
 nothing. The mean is not a batch's, which would make a row's weight depend on the rows beside it.
 """
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ import pyarrow.compute as pc
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Encoded, Store
 from rlhf.models import encoding
-from rlhf.types import WEIGHT, UserError
+from rlhf.models.templates import PROCESSOR, pictures_of
+from rlhf.types import PICTURES, WEIGHT, Picture, UserError
 
 LOG = logging.getLogger("rlhf.stages")
 Ids = list[int]
@@ -52,6 +54,24 @@ def with_weights(rows: Encoded, sizes: Sequence[int] | None = None) -> datasets.
 def weight_column(records: Sequence[Record]) -> dict[str, str]:
     """The column of weights, where the rows have them."""
     return {WEIGHT: "number"} if WEIGHT in records[0].value else {}
+
+
+def picture_column(tokenizer: Any) -> dict[str, str]:
+    """The column of the rows' pictures, where the model reads some."""
+    return {PICTURES: "text"} if PROCESSOR in vars(tokenizer) else {}
+
+
+def shown_in(tokenizer: Any, *parts: Any) -> Row:
+    """`picture_column` of a row that shows these conversations one after the other; texts among
+    them hold no pictures.
+    """
+    if PROCESSOR not in vars(tokenizer):
+        return {}
+    found: list[Picture] = []
+    for part in parts:
+        if encoding.is_chat(part):
+            found += pictures_of(part)
+    return {PICTURES: json.dumps(found)}
 
 
 def batches(rows: datasets.Dataset) -> Iterator[pa.Table]:

@@ -27,9 +27,11 @@ from rlhf.rows.columns import (
     carried_of,
     longest,
     parts_of,
+    picture_column,
     read_batches,
     require_template,
     short_enough,
+    shown_in,
     weight_column,
 )
 from rlhf.types import SOFT_LABEL, EncodedRows, UserError
@@ -53,16 +55,22 @@ class PairEncoder:
 
     def columns(self) -> dict[str, str]:
         margin = {"margin": "number"} if self.margin else {}
-        return {"chosen_ids": "ids", "rejected_ids": "ids", **margin, **self.carried}
+        sides = {"chosen_ids": "ids", "rejected_ids": "ids"}
+        return {**sides, **margin, **picture_column(self.tokenizer), **self.carried}
 
     def __call__(self, value: Row, counts: Counter[str]) -> Row | None:
         columns: Row = {}
         context: Any = None
         head: Ids = []
+        shown: Row = {}
         for side in ("chosen", "rejected"):
             before, turn = split_turn(value.get("prompt"), value[side])
             if context is None or before != context:
+                other = shown_in(self.tokenizer, before)
+                if context is not None and other != shown:
+                    raise ValueError("both answers must read the same pictures, in one order")
                 context, head = before, prompt_ids(self.tokenizer, before, value.get("tools"))
+                shown = other
             answer = answer_ids(self.tokenizer, before, turn, value.get("tools"))
             columns[f"{side}_ids"] = head + answer
         if self.margin:
@@ -72,7 +80,7 @@ class PairEncoder:
             columns["margin"] = float(margin)
         if max(map(len, (columns["chosen_ids"], columns["rejected_ids"]))) > self.max_length:
             return None
-        return columns | carried_of(value, self)
+        return columns | shown | carried_of(value, self)
 
 
 def encode_pairs(

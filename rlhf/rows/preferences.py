@@ -21,6 +21,7 @@ from rlhf.data.loading import tell_unread
 from rlhf.data.reading import DataRequest, preference_records, unpaired_records
 from rlhf.data.sources import data_files
 from rlhf.models.encoding import answer_ids, prompt_ids, split_turn
+from rlhf.models.templates import row_pictures
 from rlhf.rows.columns import (
     LOG,
     NOWHERE,
@@ -30,11 +31,13 @@ from rlhf.rows.columns import (
     carried_of,
     lengths,
     parts_of,
+    picture_column,
     require_template,
     short_enough,
+    shown_in,
     weight_column,
 )
-from rlhf.types import WEIGHT, EncodedRows, Message, Tools, UserError
+from rlhf.types import WEIGHT, EncodedRows, Message, Picture, Tools, UserError
 
 # Ethayarajh et al. 2024, equation 8: weighted good answers for each weighted bad one
 _BALANCE = (1.0, 4 / 3)
@@ -78,7 +81,7 @@ class PreferenceEncoder:
 
     def columns(self) -> dict[str, str]:
         sides = {f"{side}_ids": "ids" for side in self.sides}
-        return {"prompt_ids": "ids", **sides, **self.carried}
+        return {"prompt_ids": "ids", **sides, **picture_column(self.tokenizer), **self.carried}
 
     def __call__(self, value: Row, counts: Counter[str]) -> Row | None:
         texts = [value[side] for side in self.sides]
@@ -90,7 +93,8 @@ class PreferenceEncoder:
         columns: Row = {"prompt_ids": context}
         for side, ids in zip(self.sides, answers, strict=True):
             columns[f"{side}_ids"] = ids
-        return columns | carried_of(value, self)
+        before, _ = split_turn(value.get("prompt"), texts[0])
+        return columns | shown_in(self.tokenizer, before) | carried_of(value, self)
 
 
 def encode_preferences(
@@ -130,15 +134,21 @@ def preference_contexts(rows: datasets.Dataset, count: int) -> list[Ids]:
     """What `count` samples start from: prompts, each once; the first quarter of whole texts without
     one.
     """
-    contexts: list[Ids] = []
+    return [context for context, _ in _started(rows, count)]
+
+
+def _started(rows: datasets.Dataset, count: int) -> list[tuple[Ids, list[Picture]]]:
+    """`preference_contexts`, each with its pictures."""
+    found: list[tuple[Ids, list[Picture]]] = []
     for row in rows:
         ids = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
         context = row["prompt_ids"] or ids[: max(1, len(ids) // 4)]
-        if context not in contexts:
-            contexts.append(context)
-        if len(contexts) == count:
+        one = (context, row_pictures(row))
+        if one not in found:
+            found.append(one)
+        if len(found) == count:
             break
-    return contexts
+    return found
 
 
 # ---- what single losses ask of the rows ----
@@ -242,13 +252,15 @@ def read(request: DataRequest, tokenizer: Any, micro: int) -> EncodedRows:
     # KTO's KL pairs may meet any prompt with any answer
     mixed = unpaired and stage.loss is KTOLoss.kto
     most = max(longest_row(rows, mixed=mixed) for rows in parts_of(train, held_out))
+    started = _started(held_out or train, SAMPLES)
     return EncodedRows(
         tokenizer,
         train,
         held_out,
         longest=min(most, stage.max_length),
         files=tuple(data_files(request.data)),
-        contexts=tuple(preference_contexts(held_out or train, SAMPLES)),
+        contexts=tuple(context for context, _ in started),
+        shown=tuple(shown for _, shown in started),
     )
 
 

@@ -28,6 +28,7 @@ from rlhf.models.encoding import (
     is_chat,
     prompt_ids,
 )
+from rlhf.models.templates import PROCESSOR, pictures_of
 from rlhf.rows.columns import (
     LOG,
     NOWHERE,
@@ -37,13 +38,24 @@ from rlhf.rows.columns import (
     carried_of,
     longest,
     parts_of,
+    picture_column,
     require_template,
+    shown_in,
     weight_column,
     with_weights,
 )
-from rlhf.types import WEIGHT, EncodedRows, Message, UserError
+from rlhf.types import WEIGHT, EncodedRows, Message, Picture, UserError
 
 _TRAINED = "_trained"  # column: tokens of a row that train
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A row as token ids."""
+
+    ids: Ids
+    labels: Ids
+    shown: Row  # the column of its pictures
 
 
 def encode_sft_row(
@@ -59,23 +71,34 @@ def encode_sft_row(
 
     completion_only: what is not the assistant's has no label. Raises ValueError as the encoders.
     """
+    made = _made(tokenizer, row, completion_only, rewritten)
+    return [(one.ids, one.labels) for one in made]
+
+
+def _made(
+    tokenizer: Any, row: Row, completion_only: bool, rewritten: RewrittenTurns
+) -> list[_Made]:
     if "text" in row:
-        return [encode_text(tokenizer, row["text"])]
+        ids, labels = encode_text(tokenizer, row["text"])
+        return [_Made(ids, labels, shown_in(tokenizer))]
     tools = row.get("tools")
     given: Row = {"completion_only": completion_only, "tools": tools}
     messages, first = row.get("messages"), 0
     if messages is None:
         prompt, completion = row["prompt"], row["completion"]
-        if not is_chat(completion):
-            return [encode_completion(tokenizer, prompt, completion, **given)]
-        if is_chat(prompt) and _is_one_answer(completion):
-            return [encode_completion(tokenizer, prompt, completion[0], **given)]
+        answer = completion
+        if is_chat(prompt) and is_chat(completion) and _is_one_answer(completion):
+            answer = completion[0]
+        if not is_chat(answer):
+            ids, labels = encode_completion(tokenizer, prompt, answer, **given)
+            return [_Made(ids, labels, shown_in(tokenizer, prompt))]
         before = prompt if is_chat(prompt) else [{"role": "user", "content": prompt}]
         messages, first = [*before, *completion], len(before)
     if not completion_only:
-        return [encode_conversation(tokenizer, messages, first=first, **given)]
+        ids, labels = encode_conversation(tokenizer, messages, first=first, **given)
+        return [_Made(ids, labels, shown_in(tokenizer, messages))]
     parts = encode_apart(tokenizer, messages, rewritten, first=first, tools=tools)
-    return [(part.ids, part.labels) for part in parts]
+    return [_Made(part.ids, part.labels, shown_in(tokenizer, part.messages)) for part in parts]
 
 
 def _is_one_answer(completion: Sequence[Message]) -> bool:
@@ -110,27 +133,30 @@ class SFTEncoder:
         }
 
     def columns(self) -> dict[str, str]:
-        return {"input_ids": "ids", "labels": "ids", _TRAINED: "count", **self.carried}
+        columns = {"input_ids": "ids", "labels": "ids", _TRAINED: "count"}
+        return {**columns, **picture_column(self.tokenizer), **self.carried}
 
     def __call__(self, value: Row, counts: Counter[str]) -> list[Row]:
-        made = encode_sft_row(
-            self.tokenizer,
-            value,
-            completion_only=self.completion_only,
-            rewritten=self.rewritten,
-        )
+        made = _made(self.tokenizer, value, self.completion_only, self.rewritten)
+        processor = vars(self.tokenizer).get(PROCESSOR)
         counts["rows"] += len(made)
         if len(made) > 1:
             counts["apart"] += 1
             counts["parts"] += len(made)
         out = []
         limit = self.max_length if self.cut else None
-        for ids, labels in made:
+        for one in made:
+            ids, labels = one.ids, one.labels
+            if processor is not None:
+                labels = processor.unlabelled(ids, labels)
+                if processor.features(ids[:limit]) < processor.features(ids):
+                    counts["pictures cut"] += 1
+                    continue
             counts["cut"] += limit is not None and len(ids) > limit
             trained = trained_tokens(labels[:limit])
             row = {"input_ids": ids[:limit], "labels": labels[:limit], _TRAINED: trained}
             if trained:
-                out.append(row | carried_of(value, self))
+                out.append(row | one.shown | carried_of(value, self))
         return out
 
 
@@ -161,7 +187,16 @@ def encode_sft(
             f"{name}: none of the {total} rows has a token to train within "
             f"stage.max_length={max_length} tokens."
         )
-    shortened, dropped = rows.counts["cut"], total - len(rows.data)
+    if rows.counts["pictures cut"]:
+        LOG.warning(
+            "%s: of %d rows, %d are left out: a picture of theirs lies beyond stage.max_length=%d "
+            "tokens",
+            name,
+            total,
+            rows.counts["pictures cut"],
+            max_length,
+        )
+    shortened, dropped = rows.counts["cut"], total - len(rows.data) - rows.counts["pictures cut"]
     if shortened or dropped:
         LOG.warning(
             "%s: of %d rows, %d cut to stage.max_length=%d tokens, %d with nothing to train",
@@ -195,11 +230,21 @@ def sft_context(tokenizer: Any, row: Row) -> Ids:
     if "prompt" in row:
         return prompt_ids(tokenizer, row["prompt"], tools)
     if "messages" in row:
-        roles = [message.get("role") for message in row["messages"]]
-        first = roles.index("assistant") if "assistant" in roles else 0
-        return prompt_ids(tokenizer, row["messages"][:first], tools) if first else []
+        before = _beginning(row)
+        return prompt_ids(tokenizer, before, tools) if before else []
     ids, _ = encode_text(tokenizer, row["text"])
     return ids[: max(1, len(ids) // 4)]
+
+
+def _beginning(row: Row) -> list[Message]:
+    """A row's conversation up to the first answer; none of a text."""
+    prompt: Any = row.get("prompt")
+    if is_chat(prompt):
+        return list(prompt)
+    messages = row.get("messages") or []
+    roles = [message.get("role") for message in messages]
+    first = roles.index("assistant") if "assistant" in roles else 0
+    return list(messages[:first])
 
 
 # ---- the stage's rows ----
@@ -226,19 +271,21 @@ def read(request: DataRequest, tokenizer: Any) -> EncodedRows:
     judged = None
     if held_out:
         judged = encode_sft(tokenizer, held_out, name="held-out", cut=True, **encode)
+    started = list(_contexts(tokenizer, held_out or train))
     return EncodedRows(
         tokenizer,
         rows,
         judged,
         longest=max(longest(part, "input_ids") for part in parts_of(rows, judged)),
         files=tuple(data_files(request.data)),
-        contexts=tuple(_contexts(tokenizer, held_out or train)),
+        contexts=tuple(ids for ids, _ in started),
+        shown=tuple(shown for _, shown in started),
     )
 
 
-def _contexts(tokenizer: Any, records: Sequence[Record]) -> Iterator[Ids]:
-    """What the first SAMPLES of `records` are continued from."""
+def _contexts(tokenizer: Any, records: Sequence[Record]) -> Iterator[tuple[Ids, list[Picture]]]:
+    """What the first SAMPLES of `records` are continued from, with its pictures."""
     for record in islice(records, SAMPLES):
         # a row that can't be encoded was counted and left out
         with suppress(ValueError):
-            yield sft_context(tokenizer, record.value)
+            yield sft_context(tokenizer, record.value), pictures_of(_beginning(record.value))

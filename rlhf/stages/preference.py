@@ -72,13 +72,11 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
-        setup.check_steps(stage, len(rows.train))
+        setup.check_rows(stage, cfg.engine, rows)
         ctx.add_inputs("policy", rows.files)
         steps, metrics = _train(ctx, plan, rows)
         ctx.watchdog.phase("samples")
-        samples = greedy_samples(
-            cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length, cfg.engine
-        )
+        samples = greedy_samples(cfg.model, rows, ctx.model_dir, stage.max_length, cfg.engine)
         if distributed.is_main():
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")

@@ -7,7 +7,6 @@ import functools
 import logging
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from trl import RewardConfig as TRLRewardConfig
@@ -29,6 +28,7 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.directories import contents
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
+from rlhf.models.templates import PROCESSOR
 from rlhf.offline import judged_pairs, setup
 from rlhf.offline.frozen import check_cache, read_frozen_once
 from rlhf.offline.held_out import NO_HELD_OUT
@@ -71,7 +71,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
-        setup.check_steps(stage, len(rows.train))
+        setup.check_rows(stage, cfg.engine, rows)
         tokenizer, held_out = rows.tokenizer, rows.held_out
         ctx.add_inputs("policy", rows.files)
         if stage.soft_label and held_out is not None:
@@ -82,7 +82,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         if held_out is not None:
             ctx.watchdog.phase("judge")
             dtype = resolve_dtype(cfg.model.dtype)
-            judged = _judge(ctx.model_dir, held_out, cfg.engine, dtype, cfg.reward.batch_tokens)
+            judged = _judge(ctx.model_dir, rows, cfg.engine, dtype, cfg.reward.batch_tokens)
             metrics |= judged_pairs.judgement_metrics(judged, stage.bootstrap, cfg.run.seed)
         if distributed.is_main():
             manifest = manifest_of(cfg.model, rows, stage.max_length, metrics)
@@ -104,7 +104,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
 
 def _judge(
     model: Path,
-    held_out: datasets.Dataset,
+    rows: EncodedRows,
     engine: EngineConfig,
     dtype: torch.dtype,
     budget: int,
@@ -116,7 +116,8 @@ def _judge(
     load = functools.partial(load_reward_module, model, dtype)
     holder = None if contents(str(model)).is_native else holder_of(engine, dtype)
     read, passes = reader_of(load, device, holder)
-    return judged_pairs.judge(read, held_out, budget, device, passes)
+    processor = vars(rows.tokenizer).get(PROCESSOR)
+    return judged_pairs.judge(read, rows.held_out, budget, device, passes, processor)
 
 
 def _train(ctx: RunContext, plan: BatchPlan, rows: EncodedRows) -> tuple[int, dict[str, float]]:

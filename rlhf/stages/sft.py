@@ -59,7 +59,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
         ctx.watchdog.phase("data")
         plan = begin(stage.batch_size, cfg.engine)
         rows = reader.read_rows(cfg, plan.micro)
-        setup.check_steps(stage, len(rows.train))
+        setup.check_rows(stage, cfg.engine, rows)
         ctx.add_inputs("policy", rows.files)
         ctx.watchdog.phase("build")
         trainer = make_trainer(ctx, plan, rows)
@@ -75,9 +75,7 @@ def run(ctx: RunContext, reader: RowReader) -> None:
             adapter_alone=adapter_alone,
         )
         ctx.watchdog.phase("samples")
-        samples = greedy_samples(
-            cfg.model, rows.tokenizer, ctx.model_dir, rows.contexts, stage.max_length, cfg.engine
-        )
+        samples = greedy_samples(cfg.model, rows, ctx.model_dir, stage.max_length, cfg.engine)
         if distributed.is_main():
             ctx.tracker.samples(steps, samples)
         ctx.watchdog.phase("finish")

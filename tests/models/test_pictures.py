@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conf.schema import ModelConfig
+from rlhf.export.families import family_of
 from rlhf.models import pictures
 from rlhf.models.conversations import encode_conversation
 from rlhf.models.encoding import (
@@ -29,7 +30,7 @@ from rlhf.types import PICTURE_MARK, Message, Picture, RowError, UserError
 from tests import vision
 from tests.vision import asked, said
 
-_FAST = ("idefics3", "qwen2_vl")
+_FAST = ("idefics3", "qwen2_vl", "llava")
 FAMILIES = [
     name if name in _FAST else pytest.param(name, marks=pytest.mark.full)
     for name in vision.FAMILIES
@@ -286,6 +287,7 @@ def test_a_text_may_hold_the_mark_without_pictures(made: Callable[[str], Path]) 
     assert ids == plain_ids(tokenizer, text)
 
 
+@pytest.mark.full
 def test_text_models_load_nothing_of_pictures(tiny_model: Callable[..., Path]) -> None:
     code = (
         "import sys\n"
@@ -301,3 +303,16 @@ def test_text_models_load_nothing_of_pictures(tiny_model: Callable[..., Path]) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_processor_that_writes_more_is_refused(tmp_path: Path) -> None:
+    vision.paligemma(tmp_path)
+    with pytest.raises(UserError, match="PaliGemmaProcessor writes more into a text"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_gguf_file_of_a_picture_model_is_refused(made: Callable[[str], Path]) -> None:
+    model = without_weights(ModelConfig(path=str(made("qwen2_vl"))))
+    assert model is not None
+    with pytest.raises(UserError, match="Qwen2VLForConditionalGeneration"):
+        family_of(model.config, type(model).__name__)

@@ -18,14 +18,15 @@ as <think>, after the family's models; the words that introduce the functions ar
 
 import difflib
 import functools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rlhf.types import Message, Picture, RowError, Tools, UserError
+from rlhf.types import PICTURES, Message, Picture, RowError, Tools, UserError
 
 # Attribute of a picture model's tokenizer: its processor (rlhf/models/processors.py).
 PROCESSOR = "rlhf_processor"
@@ -187,6 +188,12 @@ def beginnings_rendered(
         processor.expanded(text, pictures_of(messages[:stop]))
         for text, stop in zip(texts, stops, strict=True)
     ]
+
+
+def row_pictures(row: Mapping[str, Any]) -> list[Picture]:
+    """The pictures of an encoded row."""
+    found: list[Picture] = json.loads(row.get(PICTURES) or "[]")
+    return found
 
 
 def _through_template(
