@@ -35,6 +35,7 @@ LOOKS_UP = 0.6  # share of the demonstrations that ask the tool
 LISTENS = 0.5  # share of the demonstrated guesses that heed the answers
 LOW, HIGH, GUESSES = 1, 8, 3
 DEMONSTRATIONS, HELD_OUT = 4000, 256
+PRACTICE = 1900  # rows
 
 Row = dict[str, Any]
 
@@ -59,6 +60,15 @@ def looked_up(rng: random.Random, seed: int) -> Row:
     asked = _assistant("", {"name": "table", "arguments": {"key": key}})
     answered = {"role": "tool", "name": "table", "content": told}
     return {"messages": [_user(key), asked, answered, _assistant(told)]}
+
+
+def repeated(rng: random.Random) -> Row:
+    """Practice in copying digits, which calls and answers are made of: a number of another length
+    than keys have, and the same again. Without such rows some seeds don't learn to copy a key.
+    """
+    digits = rng.randint(DIGITS + 1, 2 * DIGITS + 2)
+    number = f"{rng.randrange(10**digits):0{digits}d}"
+    return {"messages": [_user(number), _assistant(number)]}
 
 
 def guessed(rng: random.Random, seed: int) -> Row:
@@ -102,6 +112,8 @@ class Task:
     lengths: Sequence[str]
     sft: Sequence[str]
     runs: Mapping[str, Sequence[str]]  # online runs by name; the first option is the stage's name
+    # rows that SFT learns from beside the demonstrations
+    practice: Callable[[random.Random], Row] | None = None
 
 
 _ONLINE = ("stage.learning_rate=3e-4", "stage.kl_coef=0.0")
@@ -128,12 +140,13 @@ TASKS = {
         ),
         lengths=("data.max_prompt_length=16", "rollout.max_response_length=40"),
         # merges for the words around a call, so that digits stay tokens of their own
-        sft=("model.tiny.vocab_size=283", "stage.steps=1500", "stage.max_length=64"),
+        sft=("model.tiny.vocab_size=283", "stage.steps=800", "stage.max_length=64"),
         runs={
             "grpo": (*_GRPO, "stage.steps=40"),
             "ppo": (*_PPO, "stage.steps=40"),
             "without": (*_GRPO, "stage.steps=40", "environment.max_turns=1"),
         },
+        practice=repeated,
     ),
     "guess": Task(
         guessed,
@@ -173,7 +186,8 @@ class ProofRuns:
         write_rows(folder / "prompts.jsonl", prompts[HELD_OUT:])
         shown = [task.demonstrate(rng, self.seed) for _ in range(DEMONSTRATIONS)]
         write_rows(folder / "sft_eval.jsonl", shown[:HELD_OUT])
-        write_rows(folder / "sft.jsonl", shown[HELD_OUT:])
+        beside = [task.practice(rng) for _ in range(PRACTICE)] if task.practice else []
+        write_rows(folder / "sft.jsonl", shown[HELD_OUT:] + beside)
 
     def command(self, stage: str, name: str, *options: str) -> list[str]:
         task = TASKS[self.task]
