@@ -337,6 +337,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a name that is too long": (ONE | {"images": ["a" * 5000]}, ["no path of a file"]),
     "a null in a name": (ONE | {"images": ["a\0b"]}, ["no path of a file"]),
     "broken base64": (ONE | {"images": ["data:image/png;base64,a$"]}, ["expected base64"]),
+    "a letter that base64 has not": (
+        ONE | {"images": [address()[:-8] + "$" + address()[-8:]]},
+        ["expected base64"],
+    ),
     "data without base64": (ONE | {"images": ["data:image/png,abc"]}, ["expected data:"]),
     "base64 of nothing": (ONE | {"images": ["data:image/png;base64,"]}, ["bytes, found none"]),
     "a number": (ONE | {"images": [7]}, ["picture 1", "a number 7"]),
