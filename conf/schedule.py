@@ -232,8 +232,8 @@ class TrainPart:
     modules: list[str] | None = option(
         None,
         "Modules that train, in the whole model: the last parts of a name (q_proj), a regular "
-        "expression of a whole one (.*layers\\.[0-3]\\..*), or embeddings, norms, head; null: none "
-        "beside layers.",
+        "expression of a whole one (.*layers\\.[0-3]\\..*), or embeddings, norms, head; of a model "
+        "that reads pictures language, tower, projector too; null: none beside layers.",
         filled=True,
     )
 

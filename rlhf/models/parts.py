@@ -8,7 +8,6 @@ sequence classifier for, or one whose head is not `score` on the last hidden sta
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,19 @@ from conf.adapters import AdapterConfig
 from conf.choices import AdapterKind
 from conf.schedule import TrainPart, UnfreezeConfig
 from rlhf.models.facts import language_class
+from rlhf.models.naming import (
+    EMBEDDINGS,
+    HEAD,
+    LANGUAGE,
+    NORMS,
+    PROJECTOR,
+    SCORE,
+    TOWER,
+    matches,
+    regions,
+)
 from rlhf.types import UserError
 
-EMBEDDINGS, NORMS, HEAD = "embeddings", "norms", "head"  # names that every family's parts have
-SCORE = "score"  # the head of a classifier
 # what the names of modules under the blocks hold, beside the input embedding itself
 _BELOW = ("emb", "wte", "wpe", "project_in")
 _PREFIXED = ("cpmant",)
@@ -38,12 +46,18 @@ class Weight:
     names: tuple[str, ...]  # several where modules share it, as tied embeddings do
     kinds: tuple[str, ...]  # of each name: EMBEDDINGS, NORMS, HEAD, SCORE, or ""
     blocks: tuple[int | None, ...]  # of each name: the number of its block, from the bottom
+    regions: tuple[str, ...]  # of each name (rlhf/models/naming.py)
     size: int  # elements
     below: bool  # it is under the blocks
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def named(self) -> Iterable[tuple[str, str, int | None, str]]:
+        """Each name with its kind, block and region."""
+        return zip(self.names, self.kinds, self.blocks, self.regions, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,7 @@ def outline(model: Any) -> Outline:
     prefix, count = _blocks(model)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     modules = dict(model.named_modules(remove_duplicate=False))
+    region = regions(model)
     names: dict[int, list[str]] = {}
     found: dict[int, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -95,7 +110,8 @@ def outline(model: Any) -> Outline:
         blocks = [_block(name, prefix) for name in own]
         below = EMBEDDINGS in kinds or any(part in name for name in own for part in _BELOW)
         size = getattr(found[number], "ds_numel", found[number].numel())  # parted under ZeRO-3
-        weights.append(Weight(tuple(own), tuple(kinds), tuple(blocks), size, below))
+        own_regions = tuple(region(name) for name in own)
+        weights.append(Weight(tuple(own), tuple(kinds), tuple(blocks), own_regions, size, below))
     return Outline(tuple(weights), count)
 
 
@@ -157,13 +173,13 @@ def chosen(parts: Outline, train: TrainPart) -> list[Weight]:
             f"most {parts.count}."
         )
     lowest = parts.count - (train.layers or 0)
-    tests = [_matches(pattern) for pattern in train.modules or ()]
+    tests = [matches(pattern) for pattern in train.modules or ()]
     used = [False] * len(tests)
     out = []
     for weight in parts.weights:
         named = []
-        for name, kind, block in zip(weight.names, weight.kinds, weight.blocks, strict=True):
-            hits = [test(name, kind) for test in tests]
+        for name, kind, block, region in weight.named:
+            hits = [test(name, kind, region) for test in tests]
             used = [before or hit for before, hit in zip(used, hits, strict=True)]
             in_top = block is not None and block >= lowest
             named.append(any(hits) or in_top or kind == SCORE)
@@ -175,7 +191,8 @@ def chosen(parts: Outline, train: TrainPart) -> list[Weight]:
             raise UserError(
                 f"stage.train.modules={list(train.modules or ())}: nothing in the model is named "
                 f"{pattern!r}. Its modules end in {', '.join(parts.last_names)}; {EMBEDDINGS}, "
-                f"{NORMS} and {HEAD} name these parts of any model."
+                f"{NORMS} and {HEAD} name these parts of any model, {LANGUAGE}, {TOWER} and "
+                f"{PROJECTOR} those of one that reads pictures."
             )
     if not out:
         raise UserError(
@@ -183,27 +200,6 @@ def chosen(parts: Outline, train: TrainPart) -> list[Weight]:
             "or stage.train.modules."
         )
     return out
-
-
-def _matches(pattern: str) -> Callable[[str, str], bool]:
-    """A test of a parameter's name and kind: the pattern names it, or a module around it, by the
-    last parts of the name or by a regular expression of the whole name; or it names the kind.
-    """
-    whole = re.compile(pattern)
-
-    def test(name: str, kind: str) -> bool:
-        if pattern in (EMBEDDINGS, NORMS) and kind == pattern:
-            return True
-        if pattern == HEAD and kind in (HEAD, SCORE):
-            return True
-        places = name.split(".")
-        around = [".".join(places[:end]) for end in range(1, len(places) + 1)]
-        return any(
-            one == pattern or one.endswith(f".{pattern}") or whole.fullmatch(one) is not None
-            for one in around
-        )
-
-    return test
 
 
 def _refuse_half(weight: Weight, named: Sequence[bool], train: TrainPart) -> None:

@@ -414,7 +414,7 @@ def test_an_adapter_is_on_the_part_that_is_asked_for(
 
 
 def test_frozen_parts_get_no_gradient(made: Callable[[str], Path], folder: Path) -> None:
-    train = TrainPart(modules=["language_model", "lm_head"])
+    train = TrainPart(modules=["language"])
     stage = SFTStage(**COMMON | {"learning_rate": 5e-3, "steps": 2, "eval_steps": 2}, train=train)
     model = made("llava")
     out = run(configured(stage, model, folder, "frozen", shown_rows()))

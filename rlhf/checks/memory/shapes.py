@@ -12,7 +12,8 @@ from conf.schedule import TrainPart
 from conf.schema import AdapterConfig, ModelConfig
 from rlhf.models.directories import check_model_path
 from rlhf.models.loading import tiny_config
-from rlhf.models.parts import HEAD, SCORE, Outline, Weight, added_by, chosen, outline
+from rlhf.models.naming import HEAD, SCORE
+from rlhf.models.parts import Outline, Weight, added_by, chosen, outline
 from rlhf.types import UserError
 
 # Llama 2 and 3: heads of 128, 8 of them for keys, and 128 columns a layer
@@ -100,7 +101,7 @@ def trained_parts(shape: Shape, train: TrainPart, *, classifier: bool) -> Traine
     parts = shape.parts
     if classifier:
         kept = [weight for weight in parts.weights if set(weight.kinds) != {HEAD}]
-        score = Weight(("score.weight",), (SCORE,), (None,), shape.hidden, below=False)
+        score = Weight(("score.weight",), (SCORE,), (None,), ("",), shape.hidden, below=False)
         parts = replace(parts, weights=(*kept, score))
     weights = chosen(parts, train)
     return Trained(
