@@ -104,9 +104,9 @@ NAMES_A_STAGE = "rlhf/__main__.py"
 
 # Modules of ours that a stage reaches, all imports followed, those inside functions too; packages
 # without code don't count. The aim for online is 90.
-MOST_REACHED = {"online": 93, "sft": 69, "reward": 72, "preference": 72}
+MOST_REACHED = {"online": 94, "sft": 70, "reward": 73, "preference": 73}
 # The same for the steps that rlhf/cli/command.py takes before a stage trains.
-STEPS_REACH = {"rows": 86, "memory": 54}
+STEPS_REACH = {"rows": 87, "memory": 55}
 
 
 @dataclass(frozen=True)
