@@ -167,7 +167,7 @@ REST: tuple[Key, ...] = (
     *missing("no counterpart in the online loop", "trl.*"),
     *stops("diffusion language models", "diffusion", "diffusion.*"),
     *stops("energy-based fine-tuning", "ebft.*"),
-    *stops("images and sound are not read", "freeze_mm_modules", "image_size", "image_resize_*"),
+    *stops("no such setting of pictures here", "freeze_mm_modules", "image_size", "image_resize_*"),
     *stops("classification heads", "cls_model_config", "process_reward_model"),
     *idle("a reward model has one score", "num_labels"),
 )

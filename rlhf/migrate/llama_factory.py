@@ -248,6 +248,7 @@ OWN: tuple[Key, ...] = (
     ),
     to("double_quantization", "adapter.double_quantize", flag),
     alone("freeze_trainable_modules", ("stage.train.modules",), _modules),
+    to("media_dir", "data.image_dir"),
     to("lora_rank", "adapter.rank", whole),
     to("lora_alpha", "adapter.alpha", number),
     to("lora_dropout", "adapter.dropout", number),

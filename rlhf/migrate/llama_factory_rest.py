@@ -3,7 +3,7 @@
 from rlhf.migrate.tables import Key, above_one, idle, missing, stops
 from rlhf.migrate.trainer import FUSED, INSIDE, LAUNCH, PARALLEL, WORKERS
 
-VISION = "images, video and sound are not read"
+VISION = "no such setting of pictures here, and neither video nor sound is read"
 
 REST: tuple[Key, ...] = (
     *idle(LAUNCH, "ray_*", "master_addr", "master_port"),
@@ -98,11 +98,11 @@ REST: tuple[Key, ...] = (
     *stops(
         VISION,
         """
-        image_* video_* freeze_vision_tower freeze_multi_modal_projector media_dir
+        image_* video_* freeze_vision_tower freeze_multi_modal_projector
         use_audio_in_video audio_sampling_rate crop_to_patches
         """,
     ),
-    *idle("there is one part, the language model", "freeze_language_model"),
+    *stops("stage.train.modules=[tower,projector] leaves it out", "freeze_language_model"),
     *stops(
         "answers or scores without training",
         """

@@ -64,7 +64,7 @@ REST: tuple[Key, ...] = (
     *missing("loss", "model.loss_type"),
     *stops("pre-training on whole texts needs rows of texts", "model.pretrain_mode_enable"),
     *stops(
-        "images are not read",
+        "no such setting of pictures here: columns are found by their names",
         "data.image_key",
         "data.max_images_per_prompt",
         "actor.freeze_visual_encoder",

@@ -132,7 +132,7 @@ REST: tuple[Key, ...] = (
         """,
     ),
     *stops(
-        "images, video and sound are not read",
+        "no such setting of pictures here, and neither video nor sound is read",
         """
         freeze_vit freeze_aligner freeze_llm vit_* aligner_lr max_pixels
         vllm_limit_mm_per_prompt lmdeploy_vision_*
