@@ -196,7 +196,9 @@ def load_processor(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if not is_picture_model(config):
             return None
-        inner = _transformers_processor(path, config, tokenizer, trust_remote_code)
+        inner = _transformers_processor(
+            path, config, tokenizer, trust_remote_code=trust_remote_code
+        )
     template = getattr(inner, "chat_template", None)
     if template is not None:
         tokenizer.chat_template = template
@@ -205,12 +207,14 @@ def load_processor(
     return found
 
 
-def _transformers_processor(path: str, config: Any, tokenizer: Any, trust: bool) -> Any:
+def _transformers_processor(
+    path: str, config: Any, tokenizer: Any, *, trust_remote_code: bool
+) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     if type(config) not in PROCESSOR_MAPPING:
-        inner = AutoProcessor.from_pretrained(path, trust_remote_code=trust)
+        inner = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         inner.tokenizer = tokenizer
         return inner
     kind = PROCESSOR_MAPPING[type(config)]
@@ -221,7 +225,7 @@ def _transformers_processor(path: str, config: Any, tokenizer: Any, trust: bool)
             f"model.path={path}: {kind.__name__} needs {', '.join(further)} too, and only text and "
             "pictures are read here. Expected a model of these alone."
         )
-    images = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust)
+    images = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     written, _ = kind.get_processor_dict(path)
     if _VIDEO in parts:
         kind = _without_videos(kind)

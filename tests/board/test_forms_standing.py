@@ -38,6 +38,7 @@ _SENT: dict[str, dict[str, Any]] = {
         "environment.options.note": "a, b: {c}",
     },
     "eval": {"stage.before": "a/b", "stage.after": "c/d", "stage.judges": ["", "lexicon"]},
+    "eval_reward": {"stage.models.one": "owner/one", "stage.bins": "12", "run.seed": "7"},
     "serve": {"stage.model_name": "日本 'x'=1", "stage.adapters.a": "owner/a", "stage.port": "0"},
     "export": {"stage.title": "日本 'x' = 1, {2}", "stage.license": "yes", "stage.gguf": "f16"},
     "data": {

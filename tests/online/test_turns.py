@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_the_stage_says_where_rewards_stand() -> None:
         stage = OnlineStage(turn_credit=credit)
         writer: Any = Writer(None, [], stage, 0)  # type: ignore[arg-type]
         collector = Collector(writer, stage, 64, RunningMoments(), turn_weight=2.0)
-        batch = collector.batch(collected([GUESSED, FAILED]), 0, None)
+        batch = collector.batch(collected([GUESSED, FAILED]), SimpleNamespace(pad_token_id=0), None)
         assert (batch.turn_rewards is not None) is stands
 
 

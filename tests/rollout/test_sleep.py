@@ -80,6 +80,7 @@ def made(model: Any, *, sleep: bool) -> tuple[VLLMGenerator, Engine]:
     """A generator around a stand-in engine, as it is after its start."""
     generator, engine = VLLMGenerator.__new__(VLLMGenerator), Engine()
     generator._llm, generator._sleeps = engine, sleep
+    generator._reads_pictures = False
     generator._names = HubNames(model)
     generator._dtype = torch.float32
     specs = generator._names.specs
