@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.encoding import is_chat
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.models.turns import end_ids, response_text
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError
 from rollout.sampling import (
@@ -207,7 +207,7 @@ class HFGenerator:
         """The model's arguments for the pictures of rows with these token ids [B, P]; none for a
         model of text.
         """
-        processor = vars(self._tokenizer).get(PROCESSOR)
+        processor = processor_of(self._tokenizer)
         if processor is None:
             return {}
         from rlhf.models.pictures import picture_inputs

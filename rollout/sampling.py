@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import RolloutConfig
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.process import distributed
 from rlhf.types import Prompt, Rollout, UserError
 
@@ -143,7 +143,7 @@ def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, *, max_tokens: 
 
 def check_shown(prompts: Sequence[Prompt], tokenizer: Any) -> None:
     """Prompts with the tokens of pictures bring these along. Raises UserError."""
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     if processor is None:
         return
     for prompt in prompts:
@@ -160,7 +160,7 @@ def picture_request(tokenizer: Any, prompt: Prompt) -> dict[str, Any]:
     """
     from rlhf.models.pictures import collapsed, opened
 
-    processor = vars(tokenizer)[PROCESSOR]
+    processor = processor_of(tokenizer)
     images = [opened(picture) for picture in prompt.images]
     ids = collapsed(processor, prompt.token_ids, prompt.images)
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}

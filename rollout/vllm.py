@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import RolloutConfig
 from rlhf.models.encoding import is_chat
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.models.turns import end_ids, response_text
 from rlhf.process.libraries import first_line
 from rlhf.types import AdapterWeights, FullWeights, Prompt, Rollout, SyncError, UserError
@@ -88,7 +88,7 @@ class VLLMGenerator:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self.sampling = Sampling.from_config(cfg)
         self._dtype = dtype
-        self._reads_pictures = PROCESSOR in vars(tokenizer)
+        self._reads_pictures = processor_of(tokenizer) is not None
         self._names = names
         self._specs = {name: Spec(spec.shape, dtype) for name, spec in names.specs.items()}
         self._adapter: AdapterFiles | None = None

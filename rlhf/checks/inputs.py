@@ -18,7 +18,7 @@ from conf.schema import (
 from conf.training import RewardStage, TrainStage
 from rlhf.models.directories import check_model_path, check_native_taken, contents
 from rlhf.models.loading import load_tokenizer, without_weights
-from rlhf.models.templates import PROCESSOR, template_text
+from rlhf.models.templates import processor_of, template_text
 from rlhf.process.files import json_object
 from rlhf.types import UserError
 
@@ -161,7 +161,7 @@ def check_pictures(
     the disk. Raises UserError for what such a policy can't be combined with, by name. `scoring`:
     options and directories of reward models.
     """
-    if tokenizer is None or PROCESSOR not in vars(tokenizer):
+    if tokenizer is None or processor_of(tokenizer) is None:
         return False
     reads = f"the policy {path} reads pictures"
     if environment is not EnvironmentKind.none:

@@ -27,7 +27,7 @@ from rlhf.data.prepare.held import gathered
 from rlhf.data.rows import finite
 from rlhf.data.sources import train_sources
 from rlhf.data.telling import Seen, refuse_pictures, tell
-from rlhf.models.templates import PROCESSOR, template_reads
+from rlhf.models.templates import processor_of, template_reads
 from rlhf.process import distributed
 from rlhf.process.wording import describe
 from rlhf.types import SOFT_LABEL, UserError
@@ -190,7 +190,7 @@ def tell_unread(keys: Seen, tokenizer: Any, name: str) -> None:
     """
     for key in keys.counts:
         if key == "images":
-            if PROCESSOR not in vars(tokenizer):
+            if processor_of(tokenizer) is None:
                 why = "the model of model.path reads texts alone. Give one that reads pictures"
                 refuse_pictures(keys, name, why)
             continue

@@ -20,9 +20,9 @@ from rlhf.models.directories import readable
 from rlhf.models.turns import (
     EMBEDDING_ROWS,
     LISTED_ENDS,
-    PROCESSOR,
     end_ids,
     habits,
+    processor_of,
     special_ids,
 )
 from rlhf.models.words import forget
@@ -310,7 +310,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     code = ""
     if not kind.__module__.startswith("transformers."):
         code = sha256(Path(inspect.getfile(kind)))
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     pictures = {} if processor is None else {"pictures": processor.state()}
     return pictures | {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -329,8 +329,9 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     """Write a tokenizer, with a picture model's processor where it has one."""
     tokenizer.save_pretrained(directory)
-    if PROCESSOR in vars(tokenizer):
-        vars(tokenizer)[PROCESSOR].save(tokenizer, directory)
+    processor = processor_of(tokenizer)
+    if processor is not None:
+        processor.save(tokenizer, directory)
 
 
 def _tokenizer_content(tokenizer: Any) -> str:

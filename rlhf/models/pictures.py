@@ -20,10 +20,9 @@ from rlhf.models.processors import (
     TEXT_KEYS,
     Processor,
     load_processor,
-    processor_of,
     token_types,
 )
-from rlhf.models.templates import pictures_of
+from rlhf.models.templates import pictures_of, processor_of
 from rlhf.models.turns import ids_of
 from rlhf.process.pixels import PictureError, rgb
 from rlhf.types import Picture, UserError

@@ -17,8 +17,10 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rlhf.models.directories import readable
+from rlhf.models.encoding import IGNORED
 from rlhf.models.facts import is_picture_model, model_file
-from rlhf.models.turns import PROCESSOR, ids_of
+from rlhf.models.templates import keep_processor
+from rlhf.models.turns import ids_of
 from rlhf.process.files import sha256
 from rlhf.types import PICTURE_MARK, Picture, RowError, UserError
 
@@ -26,7 +28,6 @@ _VIDEO = "video_processor"
 _NEEDED = {"image_processor", "tokenizer", _VIDEO}
 # of what a processor gives, these are made from the text
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-IGNORED = -100  # label of a token that is not trained, as rlhf/models/encoding.py has it
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _TRIED = ((64, 48), (40, 72))  # width and height of the pictures that a processor is tried on
 
@@ -176,12 +177,6 @@ def _writes(tokenizer: Any) -> bool:
     return all(word in text for word in words)
 
 
-def processor_of(tokenizer: Any) -> Processor | None:
-    """The processor that `load_processor` put beside `tokenizer`; None for text models."""
-    found: Processor | None = vars(tokenizer).get(PROCESSOR)
-    return found
-
-
 def load_processor(
     path: str, tokenizer: Any, *, trust_remote_code: bool = False
 ) -> Processor | None:
@@ -203,7 +198,7 @@ def load_processor(
     if template is not None:
         tokenizer.chat_template = template
     found = _tried(inner, config, tokenizer, path)
-    vars(tokenizer)[PROCESSOR] = found
+    keep_processor(tokenizer, found)
     return found
 
 

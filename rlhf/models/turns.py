@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.models.templates import PROCESSOR, Chat, TemplateRefusal, rendered, rendered_short
+from rlhf.models.templates import Chat, TemplateRefusal, processor_of, rendered, rendered_short
 from rlhf.models.words import words_of
 from rlhf.types import Message, Tools, UserError
 
@@ -155,8 +155,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that somebody wrote: one that spells a picture's token is refused. Raises
     ValueError.
     """
-    if PROCESSOR in vars(tokenizer):
-        vars(tokenizer)[PROCESSOR].check_text(text)
+    processor = processor_of(tokenizer)
+    if processor is not None:
+        processor.check_text(text)
     return plain_ids(tokenizer, text)
 
 

@@ -19,7 +19,7 @@ from conf.stages import OfflineStage, RewardStage, SFTStage
 from policy.model import is_peft
 from rlhf.models.directories import contents
 from rlhf.models.facts import is_picture_model, is_picture_policy, model_file
-from rlhf.models.templates import PROCESSOR, row_pictures
+from rlhf.models.templates import processor_of, row_pictures
 from rlhf.types import PICTURES, EncodedRows, Picture, UserError
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ _IDS, _OTHERS = "input_ids", "KL_input_ids"  # KTO reads each prompt with anothe
 
 def with_pictures(collate: Any, tokenizer: Any) -> Any:
     """A collator that adds a picture model's arguments; `collate` itself for other models."""
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     return collate if processor is None else WithPictures(collate, processor)
 
 
@@ -69,7 +69,7 @@ def seeing(model: Any, tokenizer: Any, batch: Row) -> Any:
         return model
 
     def call(input_ids: Tensor, **options: Any) -> Any:
-        seen = seen_by(vars(tokenizer)[PROCESSOR], shown * 2, input_ids)
+        seen = seen_by(processor_of(tokenizer), shown * 2, input_ids)
         return model(input_ids, **seen, **options)
 
     return call

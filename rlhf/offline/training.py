@@ -22,7 +22,7 @@ from policy.engines.deepspeed import gather_zero3
 from policy.model import Gather, no_gather, trainable
 from rlhf.checks.launch import count_steps, growth_note
 from rlhf.models.loading import load_causal_lm, resolve_dtype
-from rlhf.models.turns import PROCESSOR, end_ids, response_text
+from rlhf.models.turns import end_ids, processor_of, response_text
 from rlhf.offline.held_out import NO_HELD_OUT, Patience, watch_held_out
 from rlhf.offline.picture_rows import seen_by
 from rlhf.offline.private_hooks import (
@@ -360,7 +360,7 @@ def _written(policy: Any, rows: EncodedRows, max_length: int) -> list[dict[str, 
 
 def _seen(rows: EncodedRows, number: int, input_ids: torch.Tensor) -> dict[str, Any]:
     """What a picture model reads beside a context; nothing for others."""
-    processor = vars(rows.tokenizer).get(PROCESSOR)
+    processor = processor_of(rows.tokenizer)
     if processor is None:
         return {}
     return seen_by(processor, rows.shown[number : number + 1], input_ids)

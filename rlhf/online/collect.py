@@ -21,7 +21,7 @@ from policy.batching import Batch, Pictures, collate, without_tokens
 from policy.forward import Pair
 from policy.prepare import TrainBatch
 from reward.scorers.computed import band_score
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.online.ahead import Place, Writer
 from rlhf.process import distributed
 from rlhf.process.distributed import RunningMoments
@@ -153,7 +153,7 @@ class Collector:
             mask_truncated=self.stage.mask_truncated,
             version=version,
             turn_weight=self.turn_weight if by_turns else None,
-            processor=vars(tokenizer).get(PROCESSOR),
+            processor=processor_of(tokenizer),
         )
 
     def _draw(self, place: Place, score: Score, phase: Phase) -> Draw:
@@ -314,7 +314,7 @@ def refuse_mixed(prompts: Sequence[Prompt], tokenizer: Any) -> None:
     """Several ranks take each pass together, through the part for pictures too: all prompts show
     some, or none does. Raises UserError.
     """
-    if PROCESSOR not in vars(tokenizer) or distributed.world_size() == 1:
+    if processor_of(tokenizer) is None or distributed.world_size() == 1:
         return
     if len({bool(prompt.images) for prompt in prompts}) > 1:
         raise UserError(
@@ -327,7 +327,7 @@ def in_words(prompts: Sequence[Prompt], tokenizer: Any) -> Sequence[Prompt]:
     """Some of `prompts` without their pictures, for a picture model; all as they are for another.
     Syncs of weights are proved with texts.
     """
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     if processor is None:
         return prompts
     out = []

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from rlhf.data.converting import Record
 from rlhf.data.encoded import Encoded, Store
 from rlhf.models import encoding
-from rlhf.models.templates import PROCESSOR, pictures_of
+from rlhf.models.templates import pictures_of, processor_of
 from rlhf.types import PICTURES, WEIGHT, Picture, UserError
 
 LOG = logging.getLogger("rlhf.stages")
@@ -58,14 +58,14 @@ def weight_column(records: Sequence[Record]) -> dict[str, str]:
 
 def picture_column(tokenizer: Any) -> dict[str, str]:
     """The column of the rows' pictures, where the model reads some."""
-    return {PICTURES: "text"} if PROCESSOR in vars(tokenizer) else {}
+    return {PICTURES: "text"} if processor_of(tokenizer) is not None else {}
 
 
 def shown_in(tokenizer: Any, *parts: Any) -> Row:
     """`picture_column` of a row that shows these conversations one after the other; texts among
     them hold no pictures.
     """
-    if PROCESSOR not in vars(tokenizer):
+    if processor_of(tokenizer) is None:
         return {}
     found: list[Picture] = []
     for part in parts:

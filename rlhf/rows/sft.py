@@ -28,7 +28,7 @@ from rlhf.models.encoding import (
     is_chat,
     prompt_ids,
 )
-from rlhf.models.templates import PROCESSOR, pictures_of
+from rlhf.models.templates import pictures_of, processor_of
 from rlhf.rows.columns import (
     LOG,
     NOWHERE,
@@ -138,7 +138,7 @@ class SFTEncoder:
 
     def __call__(self, value: Row, counts: Counter[str]) -> list[Row]:
         made = _made(self.tokenizer, value, self.completion_only, self.rewritten)
-        processor = vars(self.tokenizer).get(PROCESSOR)
+        processor = processor_of(self.tokenizer)
         counts["rows"] += len(made)
         if len(made) > 1:
             counts["apart"] += 1

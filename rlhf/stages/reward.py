@@ -28,7 +28,7 @@ from rlhf.checks.launch import BatchPlan
 from rlhf.models.directories import contents
 from rlhf.models.facts import check_forward
 from rlhf.models.loading import load_classifier, resolve_dtype
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.offline import judged_pairs, setup
 from rlhf.offline.frozen import check_cache, read_frozen_once
 from rlhf.offline.held_out import NO_HELD_OUT
@@ -116,7 +116,7 @@ def _judge(
     load = functools.partial(load_reward_module, model, dtype)
     holder = None if contents(str(model)).is_native else holder_of(engine, dtype)
     read, passes = reader_of(load, device, holder)
-    processor = vars(rows.tokenizer).get(PROCESSOR)
+    processor = processor_of(rows.tokenizer)
     return judged_pairs.judge(read, rows.held_out, budget, device, passes, processor)
 
 

@@ -13,7 +13,7 @@ from rlhf.data.formats import Use
 from rlhf.data.loading import DataRequest
 from rlhf.data.report.making import make
 from rlhf.models.loading import load_tokenizer, train_tokenizer
-from rlhf.models.turns import PROCESSOR, ids_of
+from rlhf.models.turns import ids_of, processor_of
 from rlhf.rows import sft
 from rlhf.types import Prompt, UserError
 from tests.data.drawn import draw, encoded, write
@@ -94,7 +94,7 @@ def test_the_report_counts_the_tokens_of_pictures(tmp_path: Path, idefics3: Path
     train = [shown(tmp_path, f"pics/{number}.png", number, "train") for number in range(1, 4)]
     report = make(train, [], Use.sft, None, tokenizer=tokenizer)
     figures = next(one.figures for one in report.sections if one.name == "pictures")
-    processor = vars(tokenizer)[PROCESSOR]
+    processor = processor_of(tokenizer)
     picture = train[0].columns["prompt"][0]["images"][0]
     expected = len(ids_of(tokenizer, [processor.text_of(picture)])[0])
     assert figures["tokens"] == {

@@ -32,7 +32,7 @@ from rlhf.data.report.records import (
 )
 from rlhf.data.report.remedies import REMEDIES
 from rlhf.data.report.texts import quantile
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.models.turns import ids_of
 from rlhf.process import parallel
 from rlhf.process.pixels import PictureError, rgb
@@ -168,9 +168,9 @@ def _tokens(found: Sequence[Seen], settings: Settings) -> dict[str, int]:
     """How many tokens the model reads for a picture of its size; nothing without a model that
     reads pictures. Of many sizes the first _MOST_SIZES are counted.
     """
-    if settings.tokenizer is None or PROCESSOR not in vars(settings.tokenizer):
+    if settings.tokenizer is None or processor_of(settings.tokenizer) is None:
         return {}
-    processor = vars(settings.tokenizer)[PROCESSOR]
+    processor = processor_of(settings.tokenizer)
     by_size: dict[tuple[int, int], int] = {}
     for one in found:
         if one.size in by_size or len(by_size) == _MOST_SIZES:

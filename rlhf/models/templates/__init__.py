@@ -28,8 +28,7 @@ from typing import Any
 
 from rlhf.types import PICTURES, Message, Picture, RowError, Tools, UserError
 
-# Attribute of a picture model's tokenizer: its processor (rlhf/models/processors.py).
-PROCESSOR = "rlhf_processor"
+_PROCESSOR = "rlhf_processor"  # attribute of a picture model's tokenizer
 NAMES = (
     "chatml",
     "llama-2",
@@ -141,15 +140,27 @@ def rendered_short(
 ) -> str:
     """The same with one image token for each picture. Raises as `rendered`."""
     shown = as_template_reads(tokenizer, messages)
-    processor = _processor_of(tokenizer, messages)
+    processor = _reading(tokenizer, messages)
     if processor is not None:
         shown = processor.as_parts(tokenizer, shown)
     return _through_template(tokenizer, [shown], generation_prompt, tools)[0]
 
 
-def _processor_of(tokenizer: Any, messages: Chat) -> Any | None:
+def processor_of(tokenizer: Any) -> Any:
+    """The processor (rlhf/models/processors.py) of a picture model's tokenizer; None for a model of
+    text.
+    """
+    return vars(tokenizer).get(_PROCESSOR)
+
+
+def keep_processor(tokenizer: Any, processor: Any) -> None:
+    """`processor_of` gives it from now on."""
+    vars(tokenizer)[_PROCESSOR] = processor
+
+
+def _reading(tokenizer: Any, messages: Chat) -> Any:
     """The processor of a picture model. Raises RowError for pictures where the model reads none."""
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     if processor is None and any(message.get("images") for message in messages):
         raise RowError(
             "the conversation holds pictures, but the model reads text alone: give model.path a "
@@ -177,7 +188,7 @@ def beginnings_rendered(
     if not stops:
         return []
     shown = as_template_reads(tokenizer, messages)
-    processor = _processor_of(tokenizer, messages)
+    processor = _reading(tokenizer, messages)
     if processor is not None:
         shown = processor.as_parts(tokenizer, shown)
     chats = [shown[:stop] for stop in stops]

@@ -26,7 +26,7 @@ from rlhf.models.loading import (
     starts_whole,
     write_whole,
 )
-from rlhf.models.templates import PROCESSOR
+from rlhf.models.templates import processor_of
 from rlhf.online.collect import in_words, tokens_of
 from rlhf.online.sync import Calibration, Probe, Proof, gap_tolerance, sampled_probes
 from rlhf.process import distributed
@@ -227,7 +227,7 @@ def response_kl(
     """
     device = distributed.device()
     new = PolicyModule(after().to(device).eval(), chunk=logits_chunk, temperature=temperature)
-    processor = vars(tokenizer).get(PROCESSOR)
+    processor = processor_of(tokenizer)
     batch, _ = tokens_of(rollouts, tokenizer.pad_token_id, processor)
     of_after = batch_logprobs(new, batch, micro_tokens)
     old = PolicyModule(before().to(device).eval(), chunk=logits_chunk, temperature=temperature)
