@@ -25,6 +25,7 @@ from policy.logprobs import (
     outside_backbone,
     selected_logprobs,
 )
+from rlhf.models.facts import is_picture_model
 from rlhf.process import distributed
 
 # Our name for attention by segments among transformers' implementations.
@@ -51,8 +52,8 @@ def is_peft(model: Any) -> bool:
 
 
 def reads_pictures(model: Any) -> bool:
-    """Whether a transformers model has a part for pictures."""
-    return getattr(model.config, "vision_config", None) is not None
+    """Whether a transformers model reads pictures beside a text."""
+    return is_picture_model(model.config)
 
 
 class PolicyModule(nn.Module):

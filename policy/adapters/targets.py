@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.adapters import AdapterPart
 from conf.schema import AdapterConfig
-from policy.model import size_of
+from policy.model import reads_pictures, size_of
 from rlhf.models.directories import CLASSIFIER
-from rlhf.models.facts import is_picture_model
+from rlhf.models.naming import LANGUAGE, regions
 from rlhf.types import UserError
 
 ALL_LINEAR = ["all-linear"]
@@ -55,38 +55,20 @@ def adapted_layers(model: Any, adapter: AdapterConfig) -> dict[str, Any]:
     return chosen
 
 
-def reads_pictures(model: Any) -> bool:
-    """Whether a transformers model reads pictures beside a text."""
-    return is_picture_model(model.config)
-
-
 def _in_part(model: Any, part: AdapterPart) -> Callable[[str], bool]:
     """A test of a module's name: whether it is in the part of a picture model. All of a text model
-    is.
+    is. Raises UserError.
     """
     if part is AdapterPart.both or not reads_pictures(model):
         return lambda name: True
-    language = f"{language_name(model)}."
-    head = model.get_output_embeddings()
+    region = regions(model)
+    if region is None:
+        raise UserError(
+            f"{model.config.model_type}: its language model can't be told from its part for "
+            "pictures. Set adapter.part=both."
+        )
     wanted = part is AdapterPart.language
-
-    def inside(name: str) -> bool:
-        of_text = name.startswith(language) or model.get_submodule(name) is head
-        return of_text == wanted
-
-    return inside
-
-
-def language_name(model: Any) -> str:
-    """The name of the language model within a picture model."""
-    decoder = model.get_decoder()
-    for name, module in model.named_modules():
-        if module is decoder and name:
-            return name
-    raise UserError(
-        f"{model.config.model_type}: its language model can't be told from its part for pictures. "
-        "Set adapter.part=both."
-    )
+    return lambda name: (region(f"{name}.") == LANGUAGE) == wanted
 
 
 def adapted_linears(model: Any, adapter: AdapterConfig) -> dict[str, tuple[int, int]]:

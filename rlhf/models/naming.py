@@ -39,17 +39,17 @@ def matches(pattern: str) -> Callable[[str, str, str], bool]:
     return test
 
 
-def regions(model: Any) -> Callable[[str], str]:
+def regions(model: Any) -> Callable[[str], str] | None:
     """The region that a parameter of a transformers model is in, by its name: LANGUAGE (the head
-    too), TOWER or PROJECTOR; "" in a text model, and in one whose regions transformers doesn't tell
-    apart.
+    too), TOWER or PROJECTOR. None for a text model, and for one whose regions transformers doesn't
+    tell apart.
     """
     if not is_picture_model(model.config):
-        return lambda name: ""
+        return None
     language = _name_of(model, model.get_decoder())
     tower = _name_of(model, model.get_encoder(modality="image"))
     if not language or not tower:
-        return lambda name: ""
+        return None
     head = _name_of(model, model.get_output_embeddings())
 
     def region(name: str) -> str:

@@ -110,7 +110,7 @@ def outline(model: Any) -> Outline:
         blocks = [_block(name, prefix) for name in own]
         below = EMBEDDINGS in kinds or any(part in name for name in own for part in _BELOW)
         size = getattr(found[number], "ds_numel", found[number].numel())  # parted under ZeRO-3
-        own_regions = tuple(region(name) for name in own)
+        own_regions = tuple(region(name) if region else "" for name in own)
         weights.append(Weight(tuple(own), tuple(kinds), tuple(blocks), own_regions, size, below))
     return Outline(tuple(weights), count)
 
