@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from rlhf.types import PICTURE_MARK, Message, Picture
@@ -392,6 +393,19 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 def tiny_vision(family: str, folder: Path) -> Path:
     """A directory with a float32 model of a family that reads pictures, all that belongs to it."""
     return FAMILIES[family](folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """made(family) -> its directory; made once."""
+    found: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in found:
+            found[family] = tiny_vision(family, tmp_path_factory.mktemp(family))
+        return found[family]
+
+    return make
 
 
 # ---- pictures ----

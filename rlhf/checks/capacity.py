@@ -248,9 +248,8 @@ def count_checkpoints(stage: TrainStage, keep: int) -> int:
 def checkpoint_bytes(
     stage: TrainStage, engine: EngineKind, adapter: AdapterConfig, width: int, shapes: Shapes
 ) -> float:
-    """Bytes of one checkpoint over all ranks: float32 masters and optimizer's state of what
-    trains; the weights as well, of `width` bytes each, where DeepSpeed or TRL's trainers write
-    them; a reference that moves.
+    """Bytes of one checkpoint over all ranks: float32 masters and optimizer's state of what trains;
+    weights of `width` bytes, where DeepSpeed or TRL's trainers write them; a moving reference.
     """
     whole = adapter_parameters(shapes.policy, adapter) or shapes.policy.parameters
     policy = whole
@@ -258,9 +257,10 @@ def checkpoint_bytes(
         classifier = isinstance(stage, RewardStage)
         policy = trained_parts(shapes.policy, stage.train, classifier=classifier).parameters
     deepspeed, state = engine is EngineKind.deepspeed, stage.optimizer.state_bytes(1.0, 0.0)
-    if not isinstance(stage, OnlineStage):
-        kept = state + 4 * deepspeed if getattr(stage, "save_optimizer", True) else 0.0
+    if isinstance(stage, OfflineStage):
+        kept = state + 4 * deepspeed if stage.save_optimizer else 0.0
         return kept * policy + width * whole
+    assert isinstance(stage, OnlineStage)
     per_parameter = 4.0 + state + (width if deepspeed else 0)
     size = per_parameter * policy
     if stage.advantage is Advantage.gae:

@@ -11,16 +11,13 @@ encodes, under a lock that ends with its process, and the others wait. No rows a
 here: the folder may be removed at any time when no run reads it.
 """
 
-import atexit
 import functools
 import hashlib
 import inspect
 import json
 import logging
 import os
-import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -35,7 +32,7 @@ from rlhf.data.converting import Record
 from rlhf.data.loading import DataRequest
 from rlhf.models import conversations, encoding, facts, templates, turns, words
 from rlhf.process import distributed, parallel, supervision
-from rlhf.process.files import exclusive, json_object, sha256
+from rlhf.process.files import exclusive, folder_until_exit, json_object, sha256
 from rlhf.types import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +114,7 @@ def encoded(encode: Encoder, records: Sequence[Record], store: Store, name: str)
             f"{name}: the ranks have different rows or tokenizers. Expected the same files of "
             "data.path, data.eval_path and model.path on every node."
         )
-    folder = _temporary_folder() if store.folder is None else store.folder / key
+    folder = folder_until_exit("encoded") if store.folder is None else store.folder / key
 
     def work(beat: Callable[[], None]) -> None:
         if not _is_whole(folder) and _built_here(folder, encode, records, store, name, beat):
@@ -153,18 +150,6 @@ def content_key(encode: Encoder, records: Iterable[Record]) -> str:
 
 
 # ---- where files are ----
-
-
-def _temporary_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="rlhf-encoded-"))
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
 
 
 def _of_this_node(mine: Path) -> Path:

@@ -9,14 +9,12 @@ Symbolic links are followed before it is asked whether a path is inside. An addr
 like) is never fetched. What a picture's file may be stands in rlhf/process/pixels.py.
 """
 
-import atexit
 import base64
 import binascii
 import hashlib
 import io
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rlhf.data.calls import is_nothing
+from rlhf.process.files import folder_until_exit
 from rlhf.process.pixels import FORMATS, Measured, PictureError, measure
 from rlhf.process.wording import describe
 from rlhf.types import Picture, RowError
@@ -225,12 +224,4 @@ def write_once(path: Path, data: bytes) -> None:
 
 @cache
 def _temporary() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="rlhf-images-"))
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
+    return folder_until_exit("images")

@@ -2,6 +2,7 @@
 written whole or not at all; locks between processes; and folders that end with their process.
 """
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -194,3 +195,18 @@ def delete_orphans(place: Path) -> None:
         with suppress(OSError), owner.open("r+b") as file:  # someone else's, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def folder_until_exit(kind: str) -> Path:
+    """A temporary folder for files of `kind`, a part of its name. It is deleted when the process
+    that asked for it ends, and not with one that is forked from it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"rlhf-{kind}-"))
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder

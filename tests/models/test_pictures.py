@@ -28,26 +28,15 @@ from rlhf.models.templates import rendered_short
 from rlhf.models.turns import plain_ids
 from rlhf.types import PICTURE_MARK, Message, Picture, RowError, UserError
 from tests import vision
-from tests.vision import asked, said
+from tests.vision import asked, made, said
+
+__all__ = ["made"]  # a fixture
 
 _FAST = ("idefics3", "qwen2_vl", "llava")
 FAMILIES = [
     name if name in _FAST else pytest.param(name, marks=pytest.mark.full)
     for name in vision.FAMILIES
 ]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """made(family) -> its directory; made once."""
-    found: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in found:
-            found[family] = vision.tiny_vision(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ from rlhf.stages import rows as stage_rows
 from rlhf.types import PICTURES, Interrupted, UserError
 from tests import vision
 from tests.offline import trl_tools
+from tests.vision import made
+
+__all__ = ["made"]  # a fixture
 
 _FAST = ("idefics3", "qwen2_vl", "llava")
 FAMILIES = [
@@ -50,19 +53,6 @@ COMMON: dict[str, Any] = {
     "max_length": 256,
     "warmup_ratio": 0.0,
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """made(family) -> its directory; made once."""
-    found: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in found:
-            found[family] = vision.tiny_vision(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return make
 
 
 @pytest.fixture(scope="module")
